@@ -1,0 +1,1 @@
+"""The model: checkpoints in, graphs, sessions, state, generation, server and client."""

@@ -1,0 +1,30 @@
+"""Errors that users can cause, each shown as one sentence and never as a traceback."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every `lsp-agent` command."""
+
+    OK = 0
+    NOT_GREEN = 1
+    USAGE = 2
+    ENVIRONMENT = 3
+    CANCELLED = 130
+
+
+class UserError(Exception):
+    """Something the user can mend; the message is one clear sentence that says what to do.
+
+    The command line prints the message and leaves with `exit_code`; the language server shows it.
+    """
+
+    def __init__(self, message: str, exit_code: ExitCode = ExitCode.ENVIRONMENT) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Cancelled(Exception):  # noqa: N818 - a control-flow signal, named like asyncio.CancelledError
+    """Raised inside work whose `CancelToken` was cancelled."""

@@ -1,0 +1,1 @@
+"""Executable tasks and the harness that measures the agent on them."""

@@ -1,0 +1,1 @@
+"""Running tests: runners, structured results, integrity of tests, sandbox."""

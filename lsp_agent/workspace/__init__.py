@@ -1,0 +1,1 @@
+"""The user's tree: documents and overlay, scratch copies, checkpoints and undo, the watcher."""

@@ -1,0 +1,47 @@
+# Everything runs in .venv, which every target makes by itself. PYTHON chooses the interpreter (3.11 to 3.14).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_MODEL ?= qwen2.5-coder-1.5b
+TEST_MODEL ?= qwen2.5-coder-0.5b
+DEMO_BUG ?= quantity-discount
+DEMO_DIR := build/demo
+
+.PHONY: setup demo test test-parity lint format clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) …"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,test,lint]'
+	@touch $@
+
+# The main job on the embedded model: break an example, watch it being repaired, with proof.
+demo: setup
+	@$(BIN)/lsp-agent model pull $(DEMO_MODEL)
+	@$(BIN)/python examples/make_buggy.py $(DEMO_BUG) $(DEMO_DIR)
+	@$(BIN)/lsp-agent fix $(DEMO_DIR) --model $(DEMO_MODEL)
+
+test: setup lint
+	@$(BIN)/lsp-agent model pull $(TEST_MODEL)
+	@$(BIN)/python -m pytest -m "not parity and not gpu and not editor" $(PYTEST_ARGS)
+
+# Exactness against transformers and torch, in an environment of its own: torch is large and never needed to run.
+test-parity: setup
+	@test -x $(VENV)-parity/bin/python || $(PYTHON) -m venv $(VENV)-parity
+	@$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,test,parity]'
+	@$(VENV)-parity/bin/lsp-agent model pull $(TEST_MODEL)
+	@$(VENV)-parity/bin/python -m pytest -m parity $(PYTEST_ARGS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(VENV)-parity build

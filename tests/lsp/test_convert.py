@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,7 +52,7 @@ def test_minimal_edits_give_exactly_the_text_after(
     edits = minimal_edits(before, after, encoding)
     assert apply_edits(before, edits, encoding) == after
     places = [(e.range.start.line, e.range.start.character, e.range.end.line, e.range.end.character) for e in edits]
-    assert all(first[2:] <= second[:2] for first, second in zip(places, places[1:], strict=False))
+    assert all(first[2:] <= second[:2] for first, second in pairwise(places))
 
 
 @given(before=TEXTS, insert=TEXTS, encoding=st.sampled_from(ENCODINGS), data=st.data())

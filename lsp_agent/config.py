@@ -1,0 +1,115 @@
+"""Settings: `lsp-agent.toml` in the workspace, environment variables `LSP_AGENT_*`, the editor's initializationOptions.
+
+Later ones win. The workspace's file comes with other people's code, so it cannot switch the sandbox
+off, nor name a model by a path.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from lsp_agent.errors import ExitCode, UserError
+
+FILE_NAME = "lsp-agent.toml"
+NOT_FROM_WORKSPACE = frozenset({"sandbox"})
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Settings(BaseSettings):
+    """What a user may set, for one workspace folder."""
+
+    model_config = SettingsConfigDict(env_prefix="LSP_AGENT_", extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str | None = None
+    """Installed model to use; None: the default that `lsp-agent doctor` names."""
+    max_turns: int = Field(300, ge=1)
+    """Most calls of the model in one run."""
+    max_seconds: float = Field(600.0, gt=0)
+    """Longest run, in seconds."""
+    test_timeout_seconds: float = Field(300.0, gt=0)
+    """Longest run of the whole test suite, in seconds."""
+    interpreter: Path | None = None
+    """Python that runs the tests; None: the project's virtual environment. Relative to the workspace."""
+    pytest_args: tuple[str, ...] = ()
+    """Further arguments of every pytest run."""
+    run_tests_on_save: Literal["off", "failing", "all"] = "failing"
+    """What runs when files change after a first run by hand: nothing (stale results are removed), the tests that
+    failed last (the default: cheap, and never before the user ran the tests once), or all."""
+    sandbox: bool = True
+    """Run tests without network and with a read-only file system."""
+
+    @field_validator("interpreter")
+    @classmethod
+    def _expand(cls, value: Path | None) -> Path | None:
+        return value.expanduser() if value is not None else None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic-settings passes it by name
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Order the sources: initialization options, environment, workspace file."""
+        assert isinstance(init_settings, InitSettingsSource)
+        given = dict(init_settings.init_kwargs)
+        workspace_file = given.pop("_workspace_file", {})
+        return (
+            InitSettingsSource(settings_cls, given),
+            env_settings,
+            InitSettingsSource(settings_cls, workspace_file),
+        )
+
+
+def load_settings(root: Path | None, options: Mapping[str, Any] | None = None) -> Settings:
+    """The settings for the workspace folder `root` (None: no folder), with the caller's `options` on top.
+
+    `options` may be written in camelCase and may be nested under `lspAgent`, as editors send them. Raises `UserError`
+    that names the setting and where it came from.
+    """
+    given = _snake_case(options or {})
+    workspace_file = _read(root / FILE_NAME) if root is not None else {}
+    try:
+        return Settings(**{"_workspace_file": workspace_file, **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        where = "the editor's options" if name in given else FILE_NAME if name in workspace_file else "the environment"
+        what = "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"].rstrip(".").lower()
+        raise UserError(f"The setting {name!r} in {where} is not usable: {what}.", ExitCode.USAGE) from error
+
+
+def _snake_case(options: Mapping[str, Any]) -> dict[str, Any]:
+    nested = options.get("lspAgent", options.get("lsp-agent"))
+    if isinstance(nested, Mapping):
+        options = nested
+    pairs = {re.sub(r"(?<!^)(?=[A-Z])", "_", key).lower(): value for key, value in options.items()}
+    return {key: value for key, value in pairs.items() if value is not None and not key.startswith("_")}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path.name} cannot be read: {error}.", ExitCode.USAGE) from error
+    for name in NOT_FROM_WORKSPACE & values.keys():
+        raise UserError(
+            f"{path.name} may not set {name!r}, because it comes with the code it would guard against; "
+            f"set it in your editor or as LSP_AGENT_{name.upper()}.",
+            ExitCode.USAGE,
+        )
+    model = values.get("model")
+    if model is not None and not (isinstance(model, str) and _MODEL_NAME.fullmatch(model)):
+        raise UserError(f"{path.name} may name an installed model only, not {model!r}.", ExitCode.USAGE)
+    return values

@@ -1,0 +1,63 @@
+"""Settings and where they come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lsp_agent.config import load_settings
+from lsp_agent.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MODEL", "MAX_TURNS", "MAX_SECONDS", "SANDBOX", "PYTEST_ARGS", "RUN_TESTS_ON_SAVE"):
+        monkeypatch.delenv(f"LSP_AGENT_{name}", raising=False)
+
+
+def test_the_editor_wins_over_the_environment_and_that_over_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lsp-agent.toml").write_text('model = "file"\nmax_turns = 3\nmax_seconds = 7\npytest_args = ["-x"]\n')
+    monkeypatch.setenv("LSP_AGENT_MODEL", "environment")
+    monkeypatch.setenv("LSP_AGENT_MAX_TURNS", "4")
+    settings = load_settings(tmp_path, {"lspAgent": {"model": "editor", "runTestsOnSave": "off"}})
+    assert (settings.model, settings.max_turns, settings.max_seconds) == ("editor", 4, 7.0)
+    assert settings.pytest_args == ("-x",)
+    assert settings.run_tests_on_save == "off"
+
+
+def test_defaults_need_nothing() -> None:
+    settings = load_settings(None)
+    assert settings.model is None
+    assert settings.sandbox
+    assert settings.run_tests_on_save == "failing"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("sandbox = false", "may not set 'sandbox'"),
+        ('model = "scripted:evil.json"', "installed model only"),
+        ('model = "../evil"', "installed model only"),
+        ("max_turns = 0", "'max_turns' in lsp-agent.toml"),
+        ("max_truns = 5", "there is no such setting"),
+        ("max_turns = ", "cannot be read"),
+    ],
+)
+def test_a_bad_file_gives_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
+    (tmp_path / "lsp-agent.toml").write_text(content)
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_settings(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bad_option_names_the_editor() -> None:
+    with pytest.raises(UserError, match=r"'run_tests_on_save' in the editor's options"):
+        load_settings(None, {"runTestsOnSave": "sometimes"})
+
+
+def test_the_user_may_switch_the_sandbox_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LSP_AGENT_SANDBOX", "false")
+    assert not load_settings(None).sandbox

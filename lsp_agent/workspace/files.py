@@ -7,12 +7,16 @@ import hashlib
 import os
 import shutil
 import stat
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 from lsp_agent.errors import UserError
+
+if sys.platform == "linux":
+    import fcntl
 
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks until one side is written
 
@@ -49,8 +53,6 @@ def copy_file(source: Path, target: Path, *, clone: bool = True) -> bool:
     source_fd = os.open(source, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     with os.fdopen(source_fd, "rb") as reader, open_private(target, exclusive=True) as writer:
         if clone and sys.platform == "linux":
-            import fcntl
-
             with contextlib.suppress(OSError):
                 fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
                 return True
@@ -76,12 +78,10 @@ def remove_tree(path: Path) -> None:
             for folder, names, _files in os.walk(path):
                 for name in (".", *names):
                     inner = Path(folder, name)
-                    if not inner.is_symlink():
-                        with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError):
+                        if not inner.is_symlink():
                             inner.chmod(0o700)
     # What is left is deeper than Python's recursion or guarded by attributes: the system's tool has no such limit.
-    import subprocess
-
     subprocess.run(["rm", "-rf", "--", str(path)], check=False, capture_output=True)
 
 

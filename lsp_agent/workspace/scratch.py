@@ -199,11 +199,6 @@ class ScratchTree:
         self.path.mkdir(mode=0o700)
         for path in sorted(self._base):
             self._restore(path, self._base[path])
-        large = [entry for entry in self._base.values() if entry.original is not None]
-        if large:  # comparing these at the first reset would cost more than letting the clock move on now
-            time.sleep(_CLOCK_STEP_NS / 1e9)
-        for entry in large:
-            entry.settled = True
 
     def _reset_in_place(self) -> None:
         self.path.mkdir(mode=0o700, exist_ok=True)
@@ -235,9 +230,9 @@ class ScratchTree:
             return False
         if entry.settled or stat.S_ISLNK(entry.mode):
             return stat.S_ISREG(entry.mode) or os.readlink(self.path / path) == entry.link  # noqa: PTH115
-        entry.settled = time.time_ns() - status.st_ctime_ns > _CLOCK_STEP_NS
         assert entry.pristine is not None
-        return entry.original is None and filecmp.cmp(self.path / path, entry.pristine, shallow=False)
+        entry.settled = time.time_ns() - status.st_ctime_ns > _CLOCK_STEP_NS
+        return filecmp.cmp(self.path / path, entry.pristine, shallow=False)
 
     @staticmethod
     def _remove(place: Path, status: os.stat_result) -> None:
@@ -257,11 +252,17 @@ class ScratchTree:
             place.symlink_to(entry.link)
         else:
             assert entry.pristine is not None
-            self._clone = copy_file(entry.pristine, place, clone=self._clone)
-            if entry.original is not None and _stamp(entry.pristine.stat()) != entry.original:
+            try:
+                self._clone = copy_file(entry.pristine, place, clone=self._clone)
+                unchanged = entry.original in (None, _stamp(entry.pristine.stat()))
+            except (FileNotFoundError, PermissionError):
+                unchanged = False
+            if not unchanged:
                 raise UserError(f"{path} changed while lsp-agent worked on a copy of it: start again.")
             place.chmod(stat.S_IMODE(entry.mode))
             os.utime(place, ns=(entry.mtime_ns, entry.mtime_ns))
         status = place.lstat()
         entry.stamp = _stamp(status)
-        entry.settled = False
+        entry.settled = entry.original is not None
+        if entry.settled:
+            time.sleep(_CLOCK_STEP_NS / 1e9)  # comparing a large file later would cost more than this

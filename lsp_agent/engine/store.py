@@ -1,0 +1,62 @@
+"""Which models are installed, and which of them a name means.
+
+A model is a folder `NAME` in `lsp_agent.paths.models_dir()` that holds the engine's package and `manifest.json`; it
+appears there by one rename, complete.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from lsp_agent import paths
+from lsp_agent.engine import select
+from lsp_agent.engine.manifest import InstalledModel, Manifest, shipped, unknown_name
+from lsp_agent.errors import ExitCode, UserError
+
+MANIFEST_FILE = "manifest.json"
+SOURCE_FILE = "source.gguf"
+
+
+def package_dir(name: str) -> Path:
+    """Where the model `name` is, or would be, installed."""
+    return paths.models_dir() / name
+
+
+def read(path: Path) -> InstalledModel | None:
+    """Return the model in the folder `path`; None when there is none or its manifest is not readable."""
+    try:
+        manifest = Manifest.model_validate_json((path / MANIFEST_FILE).read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return InstalledModel(path.name, path, manifest)
+
+
+def installed() -> list[InstalledModel]:
+    """All installed models, smallest first."""
+    folder = paths.models_dir()
+    candidates = [p for p in folder.iterdir() if not p.name.startswith(".")] if folder.is_dir() else []
+    models = [model for path in candidates if (model := read(path))]
+    return sorted(models, key=lambda m: (m.manifest.parameters, m.name))
+
+
+def resolve(name: str | None) -> InstalledModel:
+    """Return the installed model `name`, or for None the default that `select.choose` picks.
+
+    Raises `UserError` that names the command to run when it is not installed or none fits.
+    """
+    models = installed()
+    if name is None:
+        choice = select.choose(models, select.usable_memory())
+        if choice.model is None:
+            raise UserError(choice.advice)
+        return choice.model
+    for model in models:
+        if model.name == name:
+            return model
+    known = {m.name: m for m in shipped()}
+    if name in known:
+        known[name].check_runnable()
+        raise UserError(f"The model {name} is not installed; run `lsp-agent model pull {name}`.")
+    raise UserError(unknown_name(name, [*known, *(m.name for m in models if m.name not in known)]), ExitCode.USAGE)

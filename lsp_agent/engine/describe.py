@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +15,6 @@ from lsp_agent.errors import UserError
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
-
-OnProgress = Callable[[str, int, int], None]
-"""What is being done, units done, units in all."""
 
 QWEN_FIM = {
     "prefix": "<|fim_prefix|>",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +28,7 @@ DISK_MARGIN_BYTES = 256_000_000
 class Importer(Protocol):
     """`lsp_agent.engine.importing.import_checkpoint`: a GGUF file in, a package folder out, or `UserError`."""
 
-    def __call__(self, source: Path, package: Path, *, on_progress: describe.OnProgress) -> object:
+    def __call__(self, source: Path, package: Path, *, on_progress: Callable[[int, int], None]) -> object:
         """Write the package folder, which does not exist before, in one step."""
 
 
@@ -141,13 +141,11 @@ def remove(name: str, progress: Progress) -> int:
         if name in {m.name for m in shipped()}:
             raise UserError(f"The model {name} is not installed, so there is nothing to remove.", ExitCode.USAGE)
         raise UserError(unknown_name(name, installed), ExitCode.USAGE)
-    with model_lock(name, progress):
-        trash = _fresh_staging(name)
+    with model_lock(name, progress), _staging(name) as trash:
         package = store.package_dir(name)
         if package.exists():
-            package.rename(trash)  # gone in one step; a program that has it open keeps its open files
+            package.rename(trash / "package")  # gone in one step; a program that has it open keeps its open files
         freed = sum(p.stat().st_size for p in [*trash.rglob("*"), *leftovers] if p.is_file())
-        shutil.rmtree(trash, ignore_errors=True)
         for path in leftovers:
             path.unlink(missing_ok=True)
     return freed
@@ -156,38 +154,40 @@ def remove(name: str, progress: Progress) -> int:
 def _install(
     manifest: Manifest, gguf: Path, progress: Progress, importer: Importer | None, *, take_source: bool
 ) -> InstalledModel:
-    staging = _fresh_staging(manifest.name)
-    try:
-        begun = ""
+    begun = False
 
-        def on_progress(what: str, done: int, total: int) -> None:
-            nonlocal begun
-            if what != begun:
-                begun = what
-                progress.start(what, total)
-            progress.update(done)
+    def on_progress(done: int, total: int) -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
+            progress.start(f"Importing {manifest.name}", total)
+        progress.update(done)
 
-        (importer or _importer())(gguf, staging, on_progress=on_progress)
+    with _staging(manifest.name) as staging:
+        built = staging / "package"
+        (importer or _importer())(gguf, built, on_progress=on_progress)
         if take_source:
-            gguf.replace(staging / store.SOURCE_FILE)
-        (staging / store.MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", "utf-8")
-        _sync(staging)
+            gguf.replace(built / store.SOURCE_FILE)
+        (built / store.MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", "utf-8")
+        _sync(built)
         package = store.package_dir(manifest.name)
         if package.exists():  # a folder without a readable manifest: no model, or `store.read` had found it
-            shutil.rmtree(package)
-        staging.rename(package)
+            package.rename(staging / "unreadable")
+        built.rename(package)
         _sync_folder(package.parent)
-        return InstalledModel(manifest.name, package, manifest)
+    return InstalledModel(manifest.name, package, manifest)
+
+
+@contextmanager
+def _staging(name: str) -> Iterator[Path]:
+    """Give an empty folder next to the packages, free of a killed process's leftovers; the lock makes it ours."""
+    folder = paths.models_dir() / ".staging" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _fresh_staging(name: str) -> Path:
-    """Return the model's staging path, free of what a killed process may have left; the lock makes it ours."""
-    staging = paths.models_dir() / ".staging" / name
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.parent.mkdir(parents=True, exist_ok=True)
-    return staging
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_disk(manifest: Manifest, folder: Path) -> None:

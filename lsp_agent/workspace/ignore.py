@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pathspec
 
+from lsp_agent.paths import cache_dir, state_dir
 from lsp_agent.workspace.git import GitMissingError, run_git, split_z
 
 IGNORE_FILE = ".lspagentignore"
@@ -39,6 +40,11 @@ class IgnoreRules:
         self._root = root
         self.in_git = self._ask_git()
         self._own = _spec(root / IGNORE_FILE)
+        self._ours = tuple(
+            f"{folder.relative_to(root).as_posix()}/"
+            for folder in (cache_dir().resolve(), state_dir().resolve())
+            if folder.is_relative_to(root) and folder != root
+        )
         self._specs: dict[str, pathspec.GitIgnoreSpec | None] = {}
         self._virtualenvs: dict[str, bool] = {}
 
@@ -76,7 +82,10 @@ class IgnoreRules:
 
     def _left_out(self, path: str) -> bool:
         name = path.rpartition("/")[2]
-        return name.startswith(TEMPORARY_PREFIX) or (self._own is not None and self._own.match_file(path))
+        # A root such as the home folder holds our own copies and checkpoints.
+        if name.startswith(TEMPORARY_PREFIX) or path.startswith(self._ours):
+            return True
+        return self._own is not None and self._own.match_file(path)
 
     def _is_junk(self, path: str) -> bool:
         parts = path.split("/")

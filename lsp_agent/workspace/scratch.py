@@ -75,7 +75,7 @@ class ScratchTree:
         return self._home
 
     def __enter__(self) -> ScratchTree:
-        self._home = scratch_owner.claim(cache_dir() / "scratch")
+        self._home = scratch_owner.claim(cache_dir().absolute() / "scratch")
         try:
             self._copy_workspace()
         except OSError as error:
@@ -135,8 +135,11 @@ class ScratchTree:
             self._reset_in_place()
         except (OSError, RecursionError):
             # Something that cannot be taken apart in place, as folders nested beyond the longest path.
-            self.path.rename(self._place / f"discarded-{time.monotonic_ns()}")
-            self._build_tree()
+            try:
+                self.path.rename(self._place / f"discarded-{time.monotonic_ns()}")
+                self._build_tree()
+            except OSError as error:
+                raise UserError(f"The scratch copy in {cache_dir()} is lost: {error.strerror or error}.") from error
         self._applied.clear()
 
     def digest(self) -> str:

@@ -1,0 +1,106 @@
+"""The inference engine: a model package loaded into this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from lsp_agent.cancel import CancelToken
+from lsp_agent.chat_model import Message, Sampling, TokenScore
+from lsp_agent.engine.architecture import ModelConfig
+from lsp_agent.engine.generation import Generation
+from lsp_agent.engine.graph import Accuracy
+from lsp_agent.engine.kv_cache import PrefixCache
+from lsp_agent.engine.package import Package
+from lsp_agent.engine.sampling import log_softmax
+from lsp_agent.engine.session import Decoder
+from lsp_agent.engine.tokens import Tokenizer
+from lsp_agent.errors import UserError
+
+SCORE_CHUNK = 64
+"""Positions scored at a time: each has logits over the whole vocabulary."""
+MOST_THREADS = 8
+
+
+def default_threads() -> int:
+    """All physical cores but one, so that tests and the editor keep one; at most eight, as decoding is memory-bound."""
+    return max(1, min(MOST_THREADS, (psutil.cpu_count(logical=False) or 1) - 1))
+
+
+class Engine:
+    """Generates and scores text. Not thread-safe: one request at a time."""
+
+    def __init__(self, package: Package, threads: int, context: int, accuracy: Accuracy) -> None:
+        self.config: ModelConfig = package.config
+        self.threads = threads
+        self.tokenizer = Tokenizer(package)
+        self._decoder = Decoder(package, threads, context, accuracy)
+        self._prefixes = PrefixCache(package.config, self._decoder.states, context)
+
+    @classmethod
+    def load(
+        cls, package: Path, *, threads: int | None = None, context: int | None = None, accuracy: Accuracy = "fast"
+    ) -> Engine:
+        """Load a package folder.
+
+        `context`: most tokens of prompt and answer, at most (and by default) the model's own. Raises `UserError` when
+        the package is damaged or incomplete.
+        """
+        opened = Package(package)
+        length = min(context or opened.config.context, opened.config.context)
+        return cls(opened, threads or default_threads(), length, accuracy)
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self._prefixes.capacity
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        cancel: CancelToken,
+        *,
+        n: int = 1,
+        stop_ids: Iterable[int] | None = None,
+    ) -> Generation:
+        """Answer a prompt of token ids `n` times, decoded together after one reading of the prompt.
+
+        Returns an iterator of `Step`s, in turn for each sequence that still runs. `stop_ids` defaults to the model's
+        end tokens and the fill-in-the-middle tokens, none of which belong in an answer. Raises `UserError` when the
+        prompt is empty or does not fit; iterating raises `Cancelled`.
+        """
+        if stop_ids is None:
+            stop_ids = {*self.tokenizer.end_ids, *self.tokenizer.fim.values()}
+        return Generation(self._decoder, self._prefixes, self.tokenizer, prompt, sampling, cancel, n, stop_ids)
+
+    def infill_prompt(self, prefix: str, suffix: str) -> list[int]:
+        """Token ids that ask for what belongs between `prefix` and `suffix`."""
+        return self.tokenizer.infill(prefix, suffix)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation that the assistant continues."""
+        return self.tokenizer.chat(messages)
+
+    def score(self, ids: Sequence[int], cancel: CancelToken) -> list[float]:
+        """Natural-log probability of each of `ids[1:]` given all tokens before it."""
+        if len(ids) > self.context_length:
+            raise UserError(f"The text has {len(ids)} tokens and the context holds {self.context_length}; shorten it.")
+        cache = self._prefixes.empty()
+        scores: list[float] = []
+        for start in range(0, len(ids) - 1, SCORE_CHUNK):
+            cancel.raise_if_cancelled()
+            part, following = ids[start : start + SCORE_CHUNK], ids[start + 1 : start + SCORE_CHUNK + 1]
+            logits = self._decoder.run(np.array([part], np.int64), cache, range(len(following)), cancel)
+            cache.extend(part)
+            scores.extend(log_softmax(logits)[np.arange(len(following)), following].tolist())
+        return scores
+
+    def score_text(self, text: str, cancel: CancelToken) -> list[TokenScore]:
+        """`score` of a text, with the characters that each token covers."""
+        ids, offsets = self.tokenizer.encode_with_offsets(text)
+        scores = self.score(ids, cancel)
+        return [TokenScore(a, b, score) for (a, b), score in zip(offsets[1:], scores, strict=True)]

@@ -1,0 +1,191 @@
+"""Prefill, then decode step by step: one sequence, or several that share one reading of the prompt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from lsp_agent.cancel import CancelToken
+from lsp_agent.chat_model import Completion, Sampling, Usage
+from lsp_agent.engine.kv_cache import KvCache, PrefixCache
+from lsp_agent.engine.sampling import Sampler, log_probability
+from lsp_agent.engine.session import Decoder
+from lsp_agent.engine.tokens import StopStrings, TextStream, Tokenizer
+from lsp_agent.errors import UserError
+
+if TYPE_CHECKING:
+    from lsp_agent.engine.engine import Engine
+
+PREFILL_CHUNK = 256
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of sequence `index`; `text` is what it lets be shown. A stop token has no text."""
+
+    index: int
+    token: int
+    text: str
+    logprob: float
+    finish_reason: FinishReason | None
+
+
+@dataclass
+class Timings:
+    """Wall seconds and tokens of one request; `decoded_tokens` counts all sequences."""
+
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    decoded_tokens: int = 0
+
+
+@dataclass
+class _Sequence:
+    index: int
+    sampler: Sampler
+    stream: TextStream
+    stops: StopStrings
+    tokens: list[int] = field(default_factory=list)
+
+
+def prefill(
+    decoder: Decoder, cache: KvCache, ids: Sequence[int], cancel: CancelToken, chunk: int = PREFILL_CHUNK
+) -> np.ndarray:
+    """Read `ids` after what `cache` holds; returns the last token's logits [vocabulary]."""
+    logits = np.empty((0, decoder.config.vocabulary), np.float32)
+    for start in range(0, len(ids), chunk):
+        cancel.raise_if_cancelled()
+        part = list(ids[start : start + chunk])
+        rows = [len(part) - 1] if start + chunk >= len(ids) else []
+        logits = decoder.run(np.array([part], np.int64), cache, rows, cancel)
+        cache.extend(part)
+    return logits[0]
+
+
+class Generation(Iterator[Step]):
+    """The steps of one request, made as they are asked for; `timings` grows with them.
+
+    Iterating raises `Cancelled` within one step of `cancel`. The prompt's keys and values stay in the prefix cache.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prefixes: PrefixCache,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        cancel: CancelToken,
+        n: int,
+        stop_ids: Iterable[int],
+    ) -> None:
+        context = prefixes.capacity
+        if not prompt:
+            raise UserError("The prompt is empty; give the model something to read.")
+        if len(prompt) >= context:
+            raise UserError(f"The prompt has {len(prompt)} tokens and the context holds {context}; shorten the prompt.")
+        self._decoder, self._prefixes, self._tokenizer = decoder, prefixes, tokenizer
+        self._prompt, self._sampling, self._cancel = list(prompt), sampling, cancel
+        self._stop_ids = frozenset(stop_ids)
+        self._limit = min(sampling.max_tokens, context - len(prompt))
+        self._sequences = [
+            _Sequence(i, Sampler(sampling, i), TextStream(tokenizer), StopStrings(sampling.stop)) for i in range(n)
+        ]
+        self.timings = Timings(prompt_tokens=len(prompt))
+        self._steps = self._run()
+
+    def __next__(self) -> Step:
+        return next(self._steps)
+
+    def _run(self) -> Iterator[Step]:
+        if self._limit <= 0:
+            return
+        started = time.perf_counter()
+        cache = self._prefixes.take(self._prompt)
+        self.timings.cached_tokens = cache.length
+        first = prefill(self._decoder, cache, self._prompt[cache.length :], self._cancel)
+        self.timings.prefill_s = time.perf_counter() - started
+        live = self._sequences
+        logits = np.broadcast_to(first, (len(live), len(first)))
+        if len(live) > 1:
+            shared, cache = cache, self._batch_cache(len(live))
+            cache.copy_prefix(shared, shared.length)
+        while True:
+            kept = []
+            for row, sequence in enumerate(live):
+                step = self._advance(sequence, logits[row])
+                if step.finish_reason is None:
+                    kept.append(row)
+                yield step
+            if not kept:
+                return
+            self._cancel.raise_if_cancelled()
+            started = time.perf_counter()
+            if len(kept) < len(live):
+                live = [live[row] for row in kept]
+                cache.keep(kept)
+            last = np.array([[sequence.tokens[-1]] for sequence in live], np.int64)
+            logits = self._decoder.run(last, cache, range(len(live)))
+            if len(self._sequences) == 1:
+                cache.extend([live[0].tokens[-1]])
+            else:
+                cache.length += 1
+            self.timings.decode_s += time.perf_counter() - started
+
+    def _batch_cache(self, batch: int) -> KvCache:
+        return KvCache(self._decoder.config, self._decoder.states, len(self._prompt) + self._limit, batch)
+
+    def _advance(self, sequence: _Sequence, logits: np.ndarray) -> Step:
+        started = time.perf_counter()
+        token = sequence.sampler.draw(logits, self._prompt + sequence.tokens)
+        logprob = log_probability(logits, token)
+        sequence.tokens.append(token)
+        self.timings.decoded_tokens += 1
+        reason: FinishReason | None = None
+        text = ""
+        if token in self._stop_ids:
+            reason = "stop"
+        else:
+            text = sequence.stops.push(sequence.stream.push(token))
+            if sequence.stops.found:
+                reason = "stop"
+            elif len(sequence.tokens) >= self._limit:
+                reason = "length"
+        if reason and not sequence.stops.found:
+            text += sequence.stops.push(sequence.stream.finish())
+            text += sequence.stops.finish()
+        self.timings.decode_s += time.perf_counter() - started
+        return Step(sequence.index, token, text, logprob, reason)
+
+
+def collect(
+    engine: Engine, prompt: Sequence[int], sampling: Sampling, cancel: CancelToken, n: int = 1
+) -> tuple[list[Completion], Usage]:
+    """Run a whole request; `Usage` is the request's, with the tokens of all `n` answers."""
+    generation = engine.generate(prompt, sampling, cancel, n=n)
+    texts: list[list[str]] = [[] for _ in range(n)]
+    logprobs: list[list[float]] = [[] for _ in range(n)]
+    reasons: list[FinishReason] = ["length"] * n
+    for step in generation:
+        texts[step.index].append(step.text)
+        logprobs[step.index].append(step.logprob)
+        reasons[step.index] = step.finish_reason or "length"
+    timings = generation.timings
+    answers = [
+        Completion(
+            text="".join(texts[i]),
+            finish_reason=reasons[i],
+            usage=Usage(timings.prompt_tokens, timings.cached_tokens, len(logprobs[i])),
+            mean_logprob=sum(logprobs[i]) / len(logprobs[i]) if logprobs[i] else None,
+        )
+        for i in range(n)
+    ]
+    return answers, Usage(timings.prompt_tokens, timings.cached_tokens, timings.decoded_tokens)

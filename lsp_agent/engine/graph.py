@@ -1,0 +1,197 @@
+"""Builds the ONNX graph of a decoder at load time; quantised weights stay in the package's file, which ORT maps."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime as ort
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from lsp_agent.engine.architecture import ModelConfig
+from lsp_agent.engine.package import WEIGHTS, Extent, Linear, LinearPart, Package
+
+CONTRIB = "com.microsoft"
+OPSET = 21
+IR_VERSION = 10
+
+Accuracy = Literal["exact", "fast"]
+"""exact: fp32 arithmetic throughout. fast: activations are rounded to int8 per block inside `MatMulNBits`."""
+
+_ONNX_TYPES = {"uint8": TensorProto.UINT8, "float32": TensorProto.FLOAT}
+
+
+class GraphBuilder:
+    """Appends nodes; every `x` is the name of a value.
+
+    `embeddings` [batch, length, hidden] fp32, `lengths` [batch] int32 (index of each sequence's last token after this
+    run), `total_length` [1] int32 (largest length after this run) and `rows` [n] int64 (which of the batch * length
+    positions get logits) are the graph's inputs besides the states.
+    """
+
+    embeddings, lengths, total_length, rows = "embeddings", "lengths", "total_length", "rows"
+
+    def __init__(self, package: Package, accuracy: Accuracy, context: int) -> None:
+        self._package = package
+        self._accuracy = accuracy
+        self._context = context
+        self._nodes: list[NodeProto] = []
+        self._initialisers: dict[str, TensorProto] = {}
+        self._block_sums: dict[tuple[str, int], str] = {}
+        self._outputs: list[ValueInfoProto] = []
+        self._count = 0
+        self.in_memory: dict[str, np.ndarray] = {}
+        self.states: dict[str, str] = {}
+        hidden = package.config.hidden
+        self._inputs = [
+            helper.make_tensor_value_info(self.embeddings, TensorProto.FLOAT, ["batch", "length", hidden]),
+            helper.make_tensor_value_info(self.lengths, TensorProto.INT32, ["batch"]),
+            helper.make_tensor_value_info(self.total_length, TensorProto.INT32, [1]),
+            helper.make_tensor_value_info(self.rows, TensorProto.INT64, ["rows"]),
+        ]
+
+    def op(
+        self, kind: str, inputs: list[str], domain: str = "", more_outputs: tuple[str, ...] = (), **attributes: Any
+    ) -> str:
+        """Append a node and return the name of its first output."""
+        self._count += 1
+        name = f"{kind}_{self._count}"
+        self._nodes.append(
+            helper.make_node(kind, inputs, [name, *more_outputs], name=f"n_{name}", domain=domain, **attributes)
+        )
+        return name
+
+    def _external(self, name: str, extent: Extent) -> str:
+        tensor = TensorProto(name=name, data_type=_ONNX_TYPES[extent.dtype], dims=extent.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", WEIGHTS), ("offset", extent.offset), ("length", extent.nbytes)):
+            entry = tensor.external_data.add()
+            entry.key, entry.value = key, str(value)
+        self._initialisers[name] = tensor
+        return name
+
+    def _constant(self, name: str, values: np.ndarray) -> str:
+        """A small constant inside the graph, or a large one handed to the session as memory it shares."""
+        if name not in self._initialisers:
+            kind = helper.np_dtype_to_tensor_dtype(values.dtype)
+            tensor = TensorProto(name=name, data_type=kind, dims=values.shape)
+            if values.nbytes <= 1024:
+                tensor.raw_data = values.tobytes()
+            else:
+                tensor.data_location = TensorProto.EXTERNAL
+                entry = tensor.external_data.add()
+                entry.key, entry.value = "location", "in-memory"
+                self.in_memory[name] = np.ascontiguousarray(values)
+            self._initialisers[name] = tensor
+        return name
+
+    def _integers(self, values: list[int]) -> str:
+        return self._constant("i64_" + "_".join(map(str, values)), np.array(values, np.int64))
+
+    def vector(self, name: str) -> str:
+        """A weight of kind `vector`."""
+        extent = self._package.weights[name]
+        assert isinstance(extent, Extent)
+        return self._constant(name, self._package.array(extent))
+
+    def linear(self, x: str, name: str) -> str:
+        """`x` [..., columns] times the transpose of the weight `name`; parts of different formats are concatenated."""
+        weight = self._package.weights[name]
+        assert isinstance(weight, Linear)
+        outputs = [self._part(x, f"{name}.{i}", weight.columns, part) for i, part in enumerate(weight.parts)]
+        return outputs[0] if len(outputs) == 1 else self.op("Concat", outputs, axis=-1)
+
+    def _part(self, x: str, name: str, columns: int, part: LinearPart) -> str:
+        if part.format is None:
+            assert part.values is not None
+            return self.op("MatMul", [x, self._external(name, part.values)])
+        if self._accuracy == "exact" and part.format.bits == 8:
+            # The CPU provider has no fast fp32 kernel for 8-bit codes (fifty times slower than this).
+            values = self._package.blocks(part).dequantise()
+            return self.op("MatMul", [x, self._constant(name, values.T)])
+        assert part.codes is not None and part.scales is not None
+        codes, scales = self._external(f"{name}.codes", part.codes), self._external(f"{name}.scales", part.scales)
+        product = self.op(
+            "MatMulNBits",
+            [x, codes, scales],
+            domain=CONTRIB,
+            K=columns,
+            N=part.rows,
+            bits=part.format.bits,
+            block_size=part.format.block,
+            accuracy_level=0 if self._accuracy == "exact" else 4,
+        )
+        if part.corrections is None:
+            return product
+        corrections = self._external(f"{name}.corrections", part.corrections)
+        sums = self._block_sum(x, columns, part.format.block)
+        correction = self.op("FusedMatMul", [sums, corrections], domain=CONTRIB, transB=1)
+        return self.op("Add", [product, correction])
+
+    def _block_sum(self, x: str, columns: int, block: int) -> str:
+        """Sums of `x` over blocks of columns, computed once for all linears that read the same `x`."""
+        if (x, block) not in self._block_sums:
+            blocked = self.op("Reshape", [x, self._integers([0, 0, columns // block, block])])
+            self._block_sums[x, block] = self.op("ReduceSum", [blocked, self._integers([-1])], keepdims=0)
+        return self._block_sums[x, block]
+
+    def rms_norm(self, residual: str, delta: str | None, name: str, epsilon: float) -> tuple[str, str]:
+        """The normalised sum of `residual` and `delta` [batch, length, hidden], and the sum itself."""
+        scale = self.vector(name)
+        if delta is None:
+            return self.op("SimplifiedLayerNormalization", [residual, scale], axis=-1, epsilon=epsilon), residual
+        total = f"{name}.residual"
+        outputs = ("", "", total)
+        inputs = [residual, delta, scale]
+        normed = self.op("SkipSimplifiedLayerNormalization", inputs, CONTRIB, outputs, epsilon=epsilon)
+        return normed, total
+
+    def kv_state(self, name: str, config: ModelConfig) -> tuple[str, str]:
+        """A key or value cache [batch, kv heads, capacity, head size]: names of its past input and present output."""
+        past, present = f"past.{name}", f"present.{name}"
+        shape: list[str | int | None] = ["batch", config.kv_heads, "capacity", config.head_size]
+        self._inputs.append(helper.make_tensor_value_info(past, TensorProto.FLOAT, shape))
+        self._outputs.append(helper.make_tensor_value_info(present, TensorProto.FLOAT, shape))
+        self.states[past] = present
+        return past, present
+
+    def rotary_tables(self, config: ModelConfig) -> tuple[str, str]:
+        """Cosines and sines [context, head size / 2] of the rotary embedding (Su et al., 2021)."""
+        if "rotary.cos" not in self._initialisers:
+            frequencies = config.rope_base ** (-np.arange(0, config.head_size, 2, dtype=np.float64) / config.head_size)
+            angles = np.outer(np.arange(self._context, dtype=np.float64), frequencies)
+            self._constant("rotary.cos", np.cos(angles).astype(np.float32))
+            self._constant("rotary.sin", np.sin(angles).astype(np.float32))
+        return "rotary.cos", "rotary.sin"
+
+    def select_rows(self, x: str, hidden: int) -> str:
+        """The positions that get logits, [1, rows, hidden], of `x` [batch, length, hidden]."""
+        flat = self.op("Reshape", [x, self._integers([1, -1, hidden])])
+        return self.op("Gather", [flat, self.rows], axis=1)
+
+    def logits(self, x: str, vocabulary: int) -> None:
+        """Make `x` the output `logits` [1, rows, vocabulary]."""
+        self._nodes.append(helper.make_node("Identity", [x], ["logits"]))
+        info = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, "rows", vocabulary])
+        self._outputs.insert(0, info)
+
+    def model(self) -> ModelProto:
+        """The finished model."""
+        graph = helper.make_graph(
+            self._nodes, "decoder", self._inputs, self._outputs, list(self._initialisers.values())
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+
+    def session_options(self, threads: int) -> ort.SessionOptions:
+        """Options that find the package's weights, share `in_memory` and never let an idle thread spin."""
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(self._package.path)
+        )
+        if self.in_memory:
+            values = [ort.OrtValue.ortvalue_from_numpy(array) for array in self.in_memory.values()]
+            options.add_external_initializers(list(self.in_memory), values)
+        return options

@@ -1,0 +1,167 @@
+"""A model package: a folder with the weights as `MatMulNBits` wants them, the config and the tokenizer.
+
+config.json      format version, architecture, sizes, source file and its hash, special tokens
+index.json       where each weight lies in weights.bin, and how it is carried
+weights.bin      codes, scales and corrections; every tensor starts on a page, so that it can be mapped
+tokenizer.json, tokenizer_config.json
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from lsp_agent.engine.architecture import ModelConfig
+from lsp_agent.engine.quantisation import BlockFormat, Blocks
+from lsp_agent.errors import UserError
+
+FORMAT_VERSION = 1
+WEIGHTS = "weights.bin"
+PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A C-ordered array inside weights.bin: `offset` in bytes."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class LinearPart:
+    """Consecutive rows of a linear in one format; without a format, `values` is dense fp32 [columns, rows]."""
+
+    rows: int
+    format: BlockFormat | None
+    codes: Extent | None = None
+    scales: Extent | None = None
+    corrections: Extent | None = None
+    values: Extent | None = None
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix [rows, columns] as parts stacked along its rows."""
+
+    columns: int
+    parts: tuple[LinearPart, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An embedding table as the checkpoint's own blocks; `type` is GGUF's name for them."""
+
+    type: str
+    blocks: Extent
+
+
+Weight = Linear | Rows | Extent
+
+
+class WeightsWriter:
+    """Appends arrays to weights.bin; space is reserved first, so that a tensor can be written a few rows at a time."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._end = 0
+
+    def reserve(self, shape: tuple[int, ...], dtype: str) -> Extent:
+        """Set aside room for an array."""
+        extent = Extent(-(-self._end // PAGE) * PAGE, shape, dtype)
+        self._end = extent.offset + extent.nbytes
+        return extent
+
+    def write_rows(self, extent: Extent, start: int, rows: np.ndarray) -> None:
+        """Write `rows` at index `start` of the first dimension."""
+        row_bytes = extent.nbytes // extent.shape[0]
+        self._file.seek(extent.offset + start * row_bytes)
+        self._file.write(np.ascontiguousarray(rows, extent.dtype).tobytes())
+
+    def finish(self) -> None:
+        """Pad the file to a whole page."""
+        self._file.truncate(-(-self._end // PAGE) * PAGE)
+
+
+def _encode(weight: Weight) -> dict[str, Any]:
+    return {"kind": type(weight).__name__.lower(), **asdict(weight)}
+
+
+def _extent(entry: dict[str, Any] | None) -> Extent | None:
+    return None if entry is None else Extent(entry["offset"], tuple(entry["shape"]), entry["dtype"])
+
+
+def _decode(entry: dict[str, Any]) -> Weight:
+    if entry["kind"] == "extent":
+        return Extent(entry["offset"], tuple(entry["shape"]), entry["dtype"])
+    if entry["kind"] == "rows":
+        blocks = _extent(entry["blocks"])
+        assert blocks is not None
+        return Rows(entry["type"], blocks)
+    parts = [
+        LinearPart(
+            rows=part["rows"],
+            format=None if part["format"] is None else BlockFormat(**part["format"]),
+            **{key: _extent(part[key]) for key in ("codes", "scales", "corrections", "values")},
+        )
+        for part in entry["parts"]
+    ]
+    return Linear(entry["columns"], tuple(parts))
+
+
+def write_index(folder: Path, config: ModelConfig, about: dict[str, Any], weights: dict[str, Weight]) -> None:
+    """Write config.json and index.json."""
+    header = {"format": FORMAT_VERSION, "model": config.to_json(), **about}
+    (folder / "config.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
+    index = {name: _encode(weight) for name, weight in weights.items()}
+    (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+class Package:
+    """An imported model on disk; raises `UserError` when the folder is not a complete package of this version."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            header = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            index = json.loads((path / "index.json").read_text(encoding="utf-8"))
+            if header["format"] != FORMAT_VERSION:
+                raise UserError(f"{path} was made by another version of lsp-agent; import the model again.")
+            self.header: dict[str, Any] = header
+            self.config = ModelConfig(**header["model"])
+            self.weights: dict[str, Weight] = {name: _decode(entry) for name, entry in index.items()}
+            self._bytes = np.memmap(path / WEIGHTS, np.uint8, "r")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a complete model package; install or import the model again.") from error
+        if self._bytes.size < self._needed():
+            raise UserError(f"{path / WEIGHTS} is truncated; install or import the model again.")
+
+    def _needed(self) -> int:
+        extents: list[Extent | None] = []
+        for weight in self.weights.values():
+            if isinstance(weight, Linear):
+                for part in weight.parts:
+                    extents += [part.codes, part.scales, part.corrections, part.values]
+            else:
+                extents.append(weight.blocks if isinstance(weight, Rows) else weight)
+        return max((e.offset + e.nbytes for e in extents if e is not None), default=0)
+
+    def array(self, extent: Extent) -> np.ndarray:
+        """A read-only view of the mapped file."""
+        return self._bytes[extent.offset : extent.offset + extent.nbytes].view(extent.dtype).reshape(extent.shape)
+
+    def blocks(self, part: LinearPart) -> Blocks:
+        """The quantised blocks of a part that has a format."""
+        assert part.format is not None and part.codes is not None and part.scales is not None
+        corrections = None if part.corrections is None else self.array(part.corrections)
+        return Blocks(part.format, self.array(part.codes), self.array(part.scales), corrections)

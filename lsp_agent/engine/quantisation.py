@@ -1,0 +1,171 @@
+"""GGUF's quantised blocks as `MatMulNBits` blocks.
+
+`MatMulNBits` computes `A @ W.T` with `W = scale * (code - 2**(bits-1))` per block of consecutive columns. A GGUF type
+whose blocks have a minimum, `W = S * q - m`, is carried exactly as
+
+    W = S * (q - 8) + c,   c = 8 * S - m        (4 bits; 128 and 8-bit codes for the five-bit types)
+
+and `A @ W.T = MatMulNBits(A) + blocksum(A) @ c.T`. Layouts of the GGUF types follow ggml's `block_*` structures, the
+same that `gguf.quants.dequantize` reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from gguf import quants
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """How a matrix is carried: code width, columns a block, and whether blocks have a correction term."""
+
+    bits: int
+    block: int
+    corrected: bool
+
+    @property
+    def zero_point(self) -> int:
+        """The code that stands for zero: the default of `MatMulNBits`."""
+        return 1 << (self.bits - 1)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows of one matrix: packed codes [rows, blocks, block * bits / 8], scales and corrections [rows, blocks]."""
+
+    format: BlockFormat
+    codes: Array
+    scales: Array
+    corrections: Array | None
+
+    def dequantise(self) -> Array:
+        """The fp32 matrix [rows, blocks * block] that these blocks stand for."""
+        codes = self.codes
+        if self.format.bits == 4:
+            codes = np.stack([codes & 0xF, codes >> 4], axis=-1).reshape(*codes.shape[:2], -1)
+        values = (codes.astype(np.float32) - self.format.zero_point) * self.scales[..., None]
+        if self.corrections is not None:
+            values += self.corrections[..., None]
+        return values.reshape(len(values), -1)
+
+
+def _half(raw: Array) -> Array:
+    return np.ascontiguousarray(raw).view(np.float16).astype(np.float32)
+
+
+def _nibbles(raw: Array) -> Array:
+    """[..., n] bytes to [..., 2n] codes: low nibbles first, then high ones (ggml's order inside a block)."""
+    return np.concatenate([raw & 0xF, raw >> 4], axis=-1)
+
+
+def _fifth_bits(raw: Array) -> Array:
+    """[..., 4] bytes to [..., 32] fifth bits, already shifted to 16."""
+    return np.unpackbits(raw, axis=-1, bitorder="little") << 4
+
+
+def _q4_0(b: Array) -> tuple[Array, Array, Array | None]:
+    return _nibbles(b[..., 2:]), _half(b[..., :2]), None
+
+
+def _q4_1(b: Array) -> tuple[Array, Array, Array | None]:
+    scale = _half(b[..., :2])
+    return _nibbles(b[..., 4:]), scale, 8 * scale + _half(b[..., 2:4])
+
+
+def _q5_0(b: Array) -> tuple[Array, Array, Array | None]:
+    return (_nibbles(b[..., 6:]) | _fifth_bits(b[..., 2:6])) + np.uint8(112), _half(b[..., :2]), None
+
+
+def _q5_1(b: Array) -> tuple[Array, Array, Array | None]:
+    scale = _half(b[..., :2])
+    codes = (_nibbles(b[..., 8:]) | _fifth_bits(b[..., 4:8])) + np.uint8(112)
+    return codes, scale, 16 * scale + _half(b[..., 2:4])
+
+
+def _q8_0(b: Array) -> tuple[Array, Array, Array | None]:
+    return b[..., 2:] ^ np.uint8(0x80), _half(b[..., :2]), None
+
+
+def _k_scales(b: Array) -> tuple[Array, Array]:
+    """Scales and minima [..., 8] of a K-quant super-block whose header is `b[..., :16]`."""
+    scale, minimum = quants.Q4_K.get_scale_min(np.ascontiguousarray(b[..., 4:16]).reshape(-1, 12))
+    shape = (*b.shape[:-1], 8)
+    return _half(b[..., :2]) * scale.reshape(shape), _half(b[..., 2:4]) * minimum.reshape(shape)
+
+
+def _q4_k(b: Array) -> tuple[Array, Array, Array | None]:
+    scale, minimum = _k_scales(b)
+    codes = _nibbles(b[..., 16:].reshape(*b.shape[:-1], 4, 32))
+    return codes.reshape(*b.shape[:-1], 256), scale, 8 * scale - minimum
+
+
+def _q5_k(b: Array) -> tuple[Array, Array, Array | None]:
+    scale, minimum = _k_scales(b)
+    low = _nibbles(b[..., 48:].reshape(*b.shape[:-1], 4, 32)).reshape(*b.shape[:-1], 8, 32)
+    high = (b[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
+    codes = (low | (high << 4)) + np.uint8(112)
+    return codes.reshape(*b.shape[:-1], 256), scale, 16 * scale - minimum
+
+
+def _q6_k(b: Array) -> tuple[Array, Array, Array | None]:
+    shape = b.shape[:-1]
+    low = _nibbles(b[..., :128].reshape(*shape, 2, 64)).reshape(*shape, 2, 4, 32)
+    high = (b[..., 128:192].reshape(*shape, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
+    codes = (low | (high << 4)) + np.uint8(96)
+    scale = b[..., 192:208].view(np.int8).astype(np.float32) * _half(b[..., 208:])
+    return codes.reshape(*shape, 256), scale, None
+
+
+@dataclass(frozen=True)
+class _Carrier:
+    format: BlockFormat
+    super_block: int
+    unpack: Callable[[Array], tuple[Array, Array, Array | None]]
+
+
+CARRIERS = {
+    Type.Q4_0: _Carrier(BlockFormat(4, 32, False), 32, _q4_0),
+    Type.Q4_1: _Carrier(BlockFormat(4, 32, True), 32, _q4_1),
+    Type.Q4_K: _Carrier(BlockFormat(4, 32, True), 256, _q4_k),
+    Type.Q5_0: _Carrier(BlockFormat(8, 32, False), 32, _q5_0),
+    Type.Q5_1: _Carrier(BlockFormat(8, 32, True), 32, _q5_1),
+    Type.Q5_K: _Carrier(BlockFormat(8, 32, True), 256, _q5_k),
+    Type.Q6_K: _Carrier(BlockFormat(8, 16, False), 256, _q6_k),
+    Type.Q8_0: _Carrier(BlockFormat(8, 32, False), 32, _q8_0),
+}
+"""The types whose codes are carried without loss."""
+
+FLOATS = (Type.F32, Type.F16, Type.BF16)
+SUPPORTED = (*CARRIERS, *FLOATS)
+
+
+def reblock(raw: Array, kind: Type) -> Blocks:
+    """Carry GGUF rows exactly. `raw`: bytes [rows, bytes a row] of a type in `CARRIERS`."""
+    carrier = CARRIERS[kind]
+    rows = len(raw)
+    bytes_a_block = quants.GGML_QUANT_SIZES[kind][1]
+    codes, scales, corrections = carrier.unpack(np.asarray(raw).reshape(rows, -1, bytes_a_block))
+    block = carrier.format.block
+    codes = codes.reshape(rows, -1, block)
+    blocks = codes.shape[1]
+    if carrier.format.bits == 4:
+        codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    shaped = None if corrections is None else np.ascontiguousarray(corrections, np.float32).reshape(rows, blocks)
+    scales = np.ascontiguousarray(scales, np.float32).reshape(rows, blocks)
+    return Blocks(carrier.format, np.ascontiguousarray(codes), scales, shaped)
+
+
+def quantise_8bit(values: Array, block: int) -> Blocks:
+    """Round fp32 rows [rows, columns] to symmetric 8-bit codes; the scale maps each block's largest value to 127."""
+    rows, columns = values.shape
+    grouped = values.reshape(rows, columns // block, block)
+    scales = np.abs(grouped).max(axis=-1) / np.float32(127)
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+    codes = (np.rint(grouped * inverse[..., None]) + 128).astype(np.uint8)
+    return Blocks(BlockFormat(8, block, False), codes, scales.astype(np.float32), None)

@@ -1,0 +1,136 @@
+"""Text to tokens and back: encoding, chat template, fill-in-the-middle, and streams that never split a character."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+
+from lsp_agent.chat_model import Message
+from lsp_agent.engine.package import Package
+from lsp_agent.errors import UserError
+
+
+class Tokenizer:
+    """The checkpoint's own tokenizer. `end_ids` end an answer; `fim` maps prefix, suffix, middle, … to token ids."""
+
+    def __init__(self, package: Package) -> None:
+        try:
+            self._fast = FastTokenizer.from_file(str(package.path / "tokenizer.json"))
+            config = json.loads((package.path / "tokenizer_config.json").read_text(encoding="utf-8"))
+            self._chat_template: str | None = config.get("chat_template")
+        except Exception as error:  # tokenizers raises bare exceptions
+            raise UserError(f"{package.path} lacks a readable tokenizer.json; import the model again.") from error
+        tokens: dict[str, Any] = package.header["tokens"]
+        self.end_ids = frozenset(tokens["end"])
+        self.fim: dict[str, int] = tokens["fim"]
+        added = self._fast.get_added_tokens_decoder()
+        self._added = {index: "" if token.special else token.content for index, token in added.items()}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; special tokens written out in `text` are recognised."""
+        return list(self._fast.encode(text, add_special_tokens=False).ids)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and the characters [start, end) of `text` that each covers."""
+        encoding = self._fast.encode(text, add_special_tokens=False)
+        return list(encoding.ids), list(encoding.offsets)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, without control tokens."""
+        stream = TextStream(self)
+        return "".join(stream.push(token) for token in ids) + stream.finish()
+
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes of one token: possibly a part of a character; nothing for a control token."""
+        if token in self._added:
+            return self._added[token].encode()
+        return bytes(self._byte_of[c] for c in self._fast.id_to_token(token) or "")
+
+    @cached_property
+    def _byte_of(self) -> dict[str, int]:
+        """GPT-2's byte alphabet: printable bytes stand for themselves, the others follow from U+0100."""
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [byte for byte in range(256) if byte not in printable]
+        table = {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+        assert set(table) == set(ByteLevel.alphabet())
+        return table
+
+    def chat(self, messages: Sequence[Message]) -> list[int]:
+        """A conversation under the checkpoint's chat template, ending where the assistant answers."""
+        if not self._chat_template:
+            raise UserError("This model has no chat template; use fill-in-the-middle or a plain prompt.")
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing is on purpose
+        from transformers.utils.chat_template_utils import render_jinja_template  # slow to import: only for a chat
+
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[[dict(message) for message in messages]],
+                chat_template=self._chat_template,
+                add_generation_prompt=True,
+            )
+        except Exception as error:  # a template raises what its author wrote
+            raise UserError(f"The model's chat template refuses these messages: {error}.") from error
+        return self.encode(rendered[0][0])
+
+    def infill(self, prefix: str, suffix: str) -> list[int]:
+        """Prefix, suffix, middle: the order that the Qwen2.5-Coder report (arXiv 2409.12186) gives."""
+        if not {"prefix", "suffix", "middle"} <= self.fim.keys():
+            raise UserError("This model was not trained to fill in the middle; use a chat or a plain prompt.")
+        head, tail = self.encode(prefix), self.encode(suffix)
+        return [self.fim["prefix"], *head, self.fim["suffix"], *tail, self.fim["middle"]]
+
+
+class TextStream:
+    """Turns tokens into text as they come, holding back bytes of unfinished characters."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """The characters that `token` completes."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token))
+
+    def finish(self) -> str:
+        """A replacement character if the stream ends inside a character, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+class StopStrings:
+    """Cuts a stream of text at the first stop string, also one that spans tokens."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """Text that can be shown: all before a stop string, and never a beginning of one."""
+        if self.found:
+            return ""
+        self._held += text
+        cuts = [cut for stop in self._stops if (cut := self._held.find(stop)) >= 0]
+        if cuts:
+            self.found = True
+            shown, self._held = self._held[: min(cuts)], ""
+            return shown
+        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def _overlap(self, stop: str) -> int:
+        """How many last characters of the held text begin `stop`."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
+
+    def finish(self) -> str:
+        """What was held back, when the stream ends without a stop string."""
+        shown, self._held = self._held, ""
+        return shown

@@ -160,8 +160,8 @@ def _install(
         nonlocal begun
         if not begun:
             begun = True
-            progress.start(f"Importing {manifest.name}", total)
-        progress.update(done)
+            progress.start(f"Importing {manifest.name}", 100)
+        progress.update(100 * done // total)
 
     with _staging(manifest.name) as staging:
         built = staging / "package"

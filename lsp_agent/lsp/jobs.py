@@ -32,6 +32,8 @@ class Job:
     cancel: CancelToken = field(default_factory=CancelToken)
     started: float = field(default_factory=time.monotonic)
     thread: threading.Thread | None = None
+    touched: bool = False
+    """Whether the job may have changed the user's files; until then, stopping it leaves them as they are."""
 
     @property
     def seconds(self) -> float:
@@ -102,7 +104,7 @@ class JobSlot:
             job.progress.begin()
             ending = work(job)
         except Cancelled:
-            self._say(job, f"{job.title}: stopped after {job.seconds:.1f} s; your files are untouched.")
+            self._say(job, f"{job.title}: stopped after {job.seconds:.1f} s. {_state(job)}")
         except UserError as error:
             ending = "failed"
             self._say(job, f"{job.title}: {error}", types.MessageType.Error)
@@ -110,7 +112,7 @@ class JobSlot:
             # A fault of ours. The traceback holds lines of our code only, never of the user's.
             log.exception("The job %r failed", job.title)
             ending = "failed"
-            text = f"{job.title} ended with an internal error ({type(error).__name__}); your files are untouched."
+            text = f"{job.title} ended with an internal error ({type(error).__name__}). {_state(job)}"
             self._say(job, text, types.MessageType.Error)
         finally:
             with self._lock:
@@ -123,3 +125,7 @@ class JobSlot:
             self._editor.log(text, kind)
         else:
             self._editor.show(text, kind)
+
+
+def _state(job: Job) -> str:
+    return "Its changes are made; they can be undone." if job.touched else "Your files are untouched."

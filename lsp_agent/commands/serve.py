@@ -1,0 +1,63 @@
+"""`lsp-agent serve`: the language server on standard input and output, or on a loopback port for debugging."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import BinaryIO
+
+import click
+
+LEVELS = ("error", "warning", "info", "debug")
+
+
+@click.command()
+@click.option("--tcp", metavar="PORT", type=click.IntRange(1, 65535), help="Listen on this loopback port instead.")
+@click.option("--model", help="Use this installed model, whatever the settings say.")
+@click.option("--log-level", type=click.Choice(LEVELS), default="warning", help="What goes to standard error.")
+def serve(tcp: int | None, model: str | None, log_level: str) -> int:
+    """Run the language server that editors talk to."""
+    from lsp_agent.lsp.logs import configure
+    from lsp_agent.lsp.server import create_server
+
+    configure(log_level)
+    server = create_server(model)
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        # The reader's thread is blocked in a read that nothing interrupts, so leave without joining it.
+        server.close()
+        os._exit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP", "SIGINT"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), leave)
+    try:
+        if tcp is not None:
+            click.echo(f"lsp-agent listens on 127.0.0.1:{tcp}", err=True)
+            server.start_tcp("127.0.0.1", tcp)
+        else:
+            server.start_io(*_claim_standard_streams())
+    except SystemExit:
+        pass  # how pygls leaves on `exit`; our own code says how it went
+    finally:
+        server.close()
+    return server.exit_code
+
+
+def _claim_standard_streams() -> tuple[BinaryIO, BinaryIO]:
+    """Take standard input and output for the protocol alone.
+
+    A stray `print` then goes to standard error, and a child process reads an empty input, never the editor's messages.
+    """
+    reader = io.BufferedReader(io.FileIO(os.dup(sys.stdin.fileno()), "rb"))
+    writer = io.BufferedWriter(io.FileIO(os.dup(sys.stdout.fileno()), "wb"))
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return reader, writer

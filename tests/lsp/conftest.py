@@ -1,0 +1,62 @@
+"""A small project with bugs, and editors that open it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CALC = '''"""Arithmetic. 😀"""
+
+
+def add(a, b):
+    return a - b  # 😀
+
+
+def double(a):
+    return a * 2
+'''
+TEST_CALC = """from calc import add, double
+
+
+def test_add():
+    assert add(1, 2) == 3
+
+
+def test_double():
+    assert double(4) == 8
+"""
+
+
+@pytest.fixture(autouse=True)
+def private_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The server's cache and state, away from the user's."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("LSP_AGENT_CACHE_DIR", str(home / "cache"))
+    monkeypatch.setenv("LSP_AGENT_STATE_DIR", str(home / "state"))
+    yield home
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with one failing and one passing test."""
+    root = tmp_path / "project"
+    root.mkdir()
+    (root / "calc.py").write_text(CALC)
+    (root / "test_calc.py").write_text(TEST_CALC)
+    return root
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[..., str]:
+    """Writes a model script and returns the model's name."""
+
+    def write(*rules: dict[str, Any]) -> str:
+        path = tmp_path / "script.json"
+        path.write_text(json.dumps({"rules": list(rules)}))
+        return f"scripted:{path}"
+
+    return write

@@ -1,0 +1,234 @@
+"""`ChatModel` over the engine's HTTP: starts the engine process, asks it, restarts it once if it has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import json
+import os
+import selectors
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from lsp_agent.cancel import CancelToken
+from lsp_agent.chat_model import Completion, Message, Sampling, Tier, TokenScore, Usage
+from lsp_agent.errors import Cancelled, UserError
+from lsp_agent.paths import state_dir
+
+IDLE_SECONDS = 600.0
+"""An engine that nobody asked anything for so long gives its memory back; the next request starts it again."""
+LOAD_TIMEOUT_S = 300.0
+POLL_S = 0.05
+
+
+class EngineProcess:
+    """One engine child process and its private socket."""
+
+    def __init__(self, name: str, package: Path, threads: int | None, context: int | None) -> None:
+        # A short path of our own (0700): socket paths may have 107 bytes at most.
+        self._folder = Path(tempfile.mkdtemp(prefix="lsp-agent-", dir=os.environ.get("XDG_RUNTIME_DIR")))
+        self.socket = self._folder / "engine.sock"
+        log_folder = state_dir() / "logs"
+        log_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.log = log_folder / "engine.log"
+        command = [sys.executable, "-m", "lsp_agent.engine.process", "--name", name, "--package", str(package)]
+        command += ["--socket", str(self.socket), "--idle-seconds", str(IDLE_SECONDS)]
+        for option, value in (("--threads", threads), ("--context", context)):
+            if value is not None:
+                command += [option, str(value)]
+        with os.fdopen(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C in the terminal cancels the run, not the engine under it
+            )
+
+    def wait_ready(self, cancel: CancelToken) -> None:
+        """Block until the model is loaded; raise its sentence, or one that names the log."""
+        assert self._process.stdout is not None
+        waited = 0.0
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while not selector.select(POLL_S):
+                waited += POLL_S
+                if cancel.cancelled:
+                    self.stop()
+                    raise Cancelled
+                if waited > LOAD_TIMEOUT_S:
+                    self.stop()
+                    raise UserError(f"The engine did not load its model in {LOAD_TIMEOUT_S:.0f} s; see {self.log}.")
+        line = self._process.stdout.readline()
+        message = json.loads(line) if line else {"error": f"The engine ended while it loaded; see {self.log}."}
+        if "error" in message:
+            self.stop()
+            raise UserError(message["error"])
+
+    @property
+    def pid(self) -> int:
+        """Process id, for tests that kill it."""
+        return self._process.pid
+
+    def ended(self, within_s: float = 0.0) -> bool:
+        """Whether the process is gone, or goes within the given seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(within_s)
+        return self._process.poll() is not None
+
+    def stop(self) -> None:
+        """End the process and remove its socket; safe to call twice."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class EngineModel:
+    """Implements `lsp_agent.chat_model.ChatModel` on an engine process of its own."""
+
+    def __init__(
+        self,
+        name: str,
+        package: Path,
+        *,
+        tier: Tier,
+        context_length: int,
+        threads: int | None = None,
+        cancel: CancelToken | None = None,
+    ) -> None:
+        self.name = name
+        self.tier: Tier = tier
+        self.context_length = context_length
+        self._package = package
+        self._threads = threads
+        # A request must be abandoned from outside when the user cancels; only an async client can do that cleanly.
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="engine-client", daemon=True)
+        self._thread.start()
+        self._closed = False
+        try:
+            self._start(cancel or CancelToken())
+        except BaseException:
+            self._stop_loop()
+            raise
+
+    def _start(self, cancel: CancelToken) -> None:
+        self.process = EngineProcess(self.name, self._package, self._threads, self.context_length)
+        self.process.wait_ready(cancel)
+        transport = httpx.AsyncHTTPTransport(uds=str(self.process.socket))
+        self._http = httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=None)  # noqa: S113
+
+    def chat(
+        self, messages: Sequence[Message], sampling: Sampling, cancel: CancelToken, n: int = 1
+    ) -> list[Completion]:
+        """See `ChatModel.chat`."""
+        answer = self._post("/v1/chat/completions", {"messages": list(messages), **_body(sampling, n)}, cancel)
+        return _completions(answer, lambda choice: choice["message"]["content"])
+
+    def infill(self, prefix: str, suffix: str, sampling: Sampling, cancel: CancelToken, n: int = 1) -> list[Completion]:
+        """See `ChatModel.infill`."""
+        answer = self._post("/v1/completions", {"prompt": prefix, "suffix": suffix, **_body(sampling, n)}, cancel)
+        return _completions(answer, lambda choice: choice["text"])
+
+    def score(self, text: str, cancel: CancelToken) -> list[TokenScore]:
+        """See `ChatModel.score`."""
+        body = {"prompt": text, "echo": True, "max_tokens": 0, "logprobs": 0}
+        scored = self._post("/v1/completions", body, cancel)["choices"][0]["logprobs"]
+        return [
+            TokenScore(start, start + len(token), logprob)
+            for start, token, logprob in zip(
+                scored["text_offset"], scored["tokens"], scored["token_logprobs"], strict=True
+            )
+        ]
+
+    def close(self) -> None:
+        """End the engine process; safe to call twice, and from any thread."""
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(Exception):
+            asyncio.run_coroutine_threadsafe(self._http.aclose(), self._loop).result(2)
+        self._stop_loop()
+        self.process.stop()
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _post(self, path: str, body: dict[str, Any], cancel: CancelToken) -> dict[str, Any]:
+        for attempt in range(2):
+            cancel.raise_if_cancelled()
+            if self._closed:
+                raise Cancelled
+            if self.process.ended():  # it was idle for long, or somebody killed it
+                self.process.stop()
+                self._start(cancel)
+            try:
+                response = self._wait(self._http.post(path, json=body), cancel)
+            except httpx.TransportError as error:
+                if attempt == 0 and self.process.ended(within_s=2.0):
+                    continue
+                raise UserError(
+                    f"The engine stopped while it answered; run again, or see {self.process.log}."
+                ) from error
+            if response.status_code != 200:
+                raise UserError(_message(response))
+            answer: dict[str, Any] = response.json()
+            return answer
+        raise UserError(f"The engine stops each time it is asked; see {self.process.log}.")
+
+    def _wait(self, request: Any, cancel: CancelToken) -> httpx.Response:
+        future = asyncio.run_coroutine_threadsafe(request, self._loop)
+        while True:
+            try:
+                response: httpx.Response = future.result(POLL_S)
+                return response
+            except concurrent.futures.CancelledError as error:
+                raise Cancelled from error
+            except TimeoutError:
+                if cancel.cancelled or self._closed:
+                    future.cancel()  # closes the connection, which stops the engine within one decode step
+                    raise Cancelled from None
+
+
+def _body(sampling: Sampling, n: int) -> dict[str, Any]:
+    return {**asdict(sampling), "stop": list(sampling.stop), "n": n}
+
+
+def _completions(answer: dict[str, Any], text_of: Any) -> list[Completion]:
+    usage = answer["usage"]
+    choices = answer["choices"]
+    # The usage of a request counts its prompt once; give it to the first completion only, so that sums are right.
+    total = Usage(usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"], usage["completion_tokens"])
+    return [
+        Completion(
+            text_of(choice),
+            choice["finish_reason"],
+            total if index == 0 else Usage(),
+            choice["logprobs"]["mean_logprob"],
+        )
+        for index, choice in enumerate(choices)
+    ]
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        message: str = response.json()["error"]["message"]
+        return message
+    except (ValueError, KeyError, TypeError):
+        return f"The engine answered with HTTP status {response.status_code}."

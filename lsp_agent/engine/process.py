@@ -1,0 +1,75 @@
+"""The engine's own process: started by `lsp_agent.engine.client`, it ends with its parent.
+
+The parent holds our standard input open; its end, also by kill -9, closes the pipe and we leave. One JSON line on
+standard output says `{"ready": true}` or `{"error": sentence}`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import uvicorn
+
+from lsp_agent.errors import ExitCode, UserError
+
+
+def main() -> None:
+    """Load the package, listen on the socket, say so, serve until idle or orphaned."""
+    parser = argparse.ArgumentParser(prog="lsp-agent engine process")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--package", type=Path, required=True)
+    parser.add_argument("--socket", required=True)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--context", type=int)
+    parser.add_argument("--idle-seconds", type=float, required=True)
+    arguments = parser.parse_args()
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    try:
+        from lsp_agent.engine.engine import Engine
+        from lsp_agent.engine.server import EngineServer
+
+        engine = Engine.load(arguments.package, threads=arguments.threads, context=arguments.context)
+    except UserError as error:
+        _say({"error": str(error)})
+        sys.exit(error.exit_code)
+    server = EngineServer(engine, arguments.name)
+    os.umask(0o077)  # the socket file is the user's only, whatever folder it is in
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(arguments.socket)
+    asyncio.run(_serve(server, listener, arguments.idle_seconds))
+
+
+async def _serve(server: object, listener: socket.socket, idle_seconds: float) -> None:
+    from lsp_agent.engine.server import EngineServer
+
+    assert isinstance(server, EngineServer)
+    http = uvicorn.Server(uvicorn.Config(server.app, log_level="warning", access_log=False, lifespan="off"))
+    listener.listen()
+    _say({"ready": True})
+    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    while not serving.done():
+        if not server.busy and time.monotonic() - server.last_used > idle_seconds:
+            http.should_exit = True
+        await asyncio.wait([serving], timeout=min(1.0, idle_seconds))
+
+
+def _say(message: dict[str, object]) -> None:
+    print(json.dumps(message), flush=True)
+
+
+def _leave_with_parent() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(ExitCode.OK)
+
+
+if __name__ == "__main__":
+    main()

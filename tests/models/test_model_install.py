@@ -14,9 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_model import CONTENT, PART, Hub, Log, tiny_manifest, write_manifest
+from tiny_model import CONTENT, PART, Hub, Log, tiny_manifest, write_manifest, write_runnable_gguf
 
 from lsp_agent import paths
+from lsp_agent.cancel import CancelToken
+from lsp_agent.chat_model import Sampling
 from lsp_agent.engine import install, store
 from lsp_agent.engine.manifest import Manifest
 from lsp_agent.errors import ExitCode, UserError
@@ -198,7 +200,9 @@ def test_rm_frees_the_model_and_its_downloads(tiny: Manifest, hub: Hub, log: Log
     install.pull("tiny", log, importer=copy_in)
     partial = paths.cache_dir() / "downloads" / "tiny.gguf.partial"
     partial.write_bytes(b"old")
-    assert install.remove("tiny", log) >= len(CONTENT) + 3
+    (paths.cache_dir() / "downloads" / "tiny.wheels").mkdir()
+    (paths.cache_dir() / "downloads" / "tiny.wheels" / "a.whl").write_bytes(b"old")
+    assert install.remove("tiny", log) >= len(CONTENT) + 6
     assert everything(paths.cache_dir()) == set()
     with pytest.raises(UserError, match="not installed, so there is nothing"):
         install.remove("tiny", log)
@@ -263,6 +267,27 @@ def test_the_real_importer_refuses_what_is_not_gguf(tiny: Manifest, hub: Hub, lo
         install.pull("tiny", log)
     assert store.installed() == []
     assert not any(p for p in paths.models_dir().rglob("*") if p.is_file())
+
+
+def test_an_imported_model_loads_and_generates(tmp_path: Path, log: Log) -> None:
+    from lsp_agent.engine.engine import Engine
+
+    model, new = install.import_file(write_runnable_gguf(tmp_path / "real.gguf"), None, log)
+    assert (model.name, new) == ("tiny-qwen", True)
+    assert store.resolve(None) == model
+    assert "Importing tiny-qwen" in log.text
+    assert log.done[-1] == 100
+    engine = Engine.load(model.path, threads=1)
+    prompt = engine.infill_prompt("def f", "return")
+    steps = list(engine.generate(prompt, Sampling(max_tokens=3), CancelToken(), stop_ids=()))
+    assert sum(1 for _ in steps) == 3
+
+
+def test_what_the_importer_cannot_read_is_one_sentence(tmp_path: Path, log: Log) -> None:
+    path = write_runnable_gguf(tmp_path / "real.gguf", merge="a z")  # makes a token that the vocabulary lacks
+    with pytest.raises(UserError, match=r"real.gguf could not be imported \(.*vocabulary"):
+        install.import_file(path, None, log)
+    assert store.installed() == []
 
 
 def test_the_real_model_installs_from_the_mirror(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:

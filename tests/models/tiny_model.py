@@ -8,6 +8,10 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quants
+
+from lsp_agent.engine.describe import QWEN_FIM
 from lsp_agent.engine.manifest import Manifest
 
 PART = 100_000
@@ -118,3 +122,63 @@ def write_wheel(folder: Path, number: int, data: bytes) -> Path:
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
     return path
+
+
+def write_runnable_gguf(path: Path, merge: str = "a b") -> Path:
+    """Write a Qwen2 checkpoint with random weights: one block, 64 wide; its vocabulary: bytes and `merge`."""
+    random_values = np.random.default_rng(3)
+    writer = GGUFWriter(path, "qwen2")
+    writer.add_name("Tiny Qwen")
+    writer.add_license("mit")
+    writer.add_context_length(64)
+    writer.add_block_count(1)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *QWEN_FIM.values()]
+    tokens = [*bytes_to_unicode().values(), "ab", *special]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.NORMAL] * 257 + [TokenType.CONTROL] * len(special))
+    writer.add_token_merges([merge])
+    writer.add_eos_token_id(tokens.index("<|im_end|>"))
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (len(tokens), 64),
+        "output_norm.weight": (64,),
+        "blk.0.attn_norm.weight": (64,),
+        "blk.0.ffn_norm.weight": (64,),
+        "blk.0.attn_q.weight": (64, 64),
+        "blk.0.attn_q.bias": (64,),
+        "blk.0.attn_k.weight": (32, 64),
+        "blk.0.attn_k.bias": (32,),
+        "blk.0.attn_v.weight": (32, 64),
+        "blk.0.attn_v.bias": (32,),
+        "blk.0.attn_output.weight": (64, 64),
+        "blk.0.ffn_gate.weight": (128, 64),
+        "blk.0.ffn_up.weight": (128, 64),
+        "blk.0.ffn_down.weight": (64, 128),
+    }
+    for name, shape in shapes.items():
+        values = random_values.normal(scale=0.1, size=shape).astype(np.float32)
+        if len(shape) == 2:
+            kind = GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """Map each byte to the printable character that GPT-2's byte-level BPE writes for it."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}

@@ -147,8 +147,7 @@ def remove(name: str, progress: Progress) -> int:
         for path in leftovers:
             if path.exists():
                 path.rename(trash / path.name)
-        freed = sum(p.stat().st_size for p in trash.rglob("*") if p.is_file())
-    return freed
+        return sum(p.stat().st_size for p in trash.rglob("*") if p.is_file())
 
 
 def _install(

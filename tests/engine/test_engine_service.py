@@ -1,0 +1,201 @@
+"""The engine as a process of its own: what its client can rely on. Uses the real 0.5B model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from lsp_agent.cancel import CancelToken
+from lsp_agent.chat_model import Sampling
+from lsp_agent.engine import client, open_model, store
+from lsp_agent.engine.client import EngineModel
+from lsp_agent.errors import Cancelled, UserError
+
+pytestmark = pytest.mark.model
+
+PREFIX = "def area(width, height):\n    "
+SUFFIX = "\n\n\nprint(area(2, 3))\n"
+MIDDLE = "return width * height"
+LINE = Sampling(max_tokens=16, stop=("\n",))
+STORY = [{"role": "user", "content": "Tell a very long story about a lighthouse."}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineModel]:
+    try:
+        installed = store.resolve("qwen2.5-coder-0.5b")
+    except UserError as error:
+        pytest.skip(str(error))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LSP_AGENT_STATE_DIR", str(tmp_path_factory.mktemp("state")))
+        opened = EngineModel(installed.name, installed.path, tier="small", context_length=2048)
+    yield opened
+    opened.close()
+
+
+def ask(model: EngineModel, path: str, body: dict[str, object]) -> httpx.Response:
+    async def post() -> httpx.Response:
+        transport = httpx.AsyncHTTPTransport(uds=str(model.process.socket))
+        async with httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=60) as http:
+            return await http.post(path, json=body)
+
+    return asyncio.run(post())
+
+
+def test_infill_answers_with_what_fits_between(model: EngineModel) -> None:
+    [answer] = model.infill(PREFIX, SUFFIX, LINE, CancelToken())
+    assert answer.text == MIDDLE
+    assert answer.finish_reason == "stop"
+    assert answer.mean_logprob is not None and answer.mean_logprob < 0
+
+
+def test_the_second_question_about_a_text_reads_only_what_is_new(model: EngineModel) -> None:
+    first = model.infill("# a comment\n" * 20 + PREFIX, SUFFIX, LINE, CancelToken())[0].usage
+    second = model.infill("# a comment\n" * 20 + PREFIX, SUFFIX + "# more\n", LINE, CancelToken())[0].usage
+    assert second.cached_tokens >= first.prompt_tokens - 20
+    assert second.prompt_tokens - second.cached_tokens < 20
+
+
+def test_n_answers_count_their_prompt_once(model: EngineModel) -> None:
+    answers = model.infill(PREFIX, SUFFIX, Sampling(max_tokens=8, temperature=1.0, seed=1), CancelToken(), n=3)
+    assert len(answers) == 3
+    assert [answer.usage.prompt_tokens > 0 for answer in answers] == [True, False, False]
+    again = model.infill(PREFIX, SUFFIX, Sampling(max_tokens=8, temperature=1.0, seed=1), CancelToken(), n=3)
+    assert [a.text for a in again] == [a.text for a in answers], "the same seed draws the same answers"
+
+
+def test_a_wrong_operator_is_the_surprising_token(model: EngineModel) -> None:
+    text = "def add(a, b):\n    return a - b\n"
+    scores = model.score(text, CancelToken())
+    assert text[min(scores, key=lambda s: s.logprob).start :].startswith(" - b")
+
+
+def test_cancel_stops_decoding_and_the_engine_is_free_at_once(model: EngineModel) -> None:
+    cancel = CancelToken()
+    threading.Timer(0.5, cancel.cancel).start()
+    with pytest.raises(Cancelled):
+        model.chat(STORY, Sampling(max_tokens=1500), cancel)
+    started = time.monotonic()
+    model.chat([{"role": "user", "content": "Hi"}], Sampling(max_tokens=2), CancelToken())
+    assert time.monotonic() - started < 10
+
+
+def test_a_prompt_beyond_the_context_is_refused_in_one_sentence(model: EngineModel) -> None:
+    with pytest.raises(UserError, match=r"context holds 2048"):
+        model.chat([{"role": "user", "content": "word " * 3000}], Sampling(), CancelToken())
+
+
+def test_only_the_user_can_open_the_socket(model: EngineModel) -> None:
+    assert stat.S_IMODE(model.process.socket.stat().st_mode) & 0o077 == 0
+    assert stat.S_IMODE(model.process.socket.parent.stat().st_mode) == 0o700
+
+
+def test_the_log_is_the_users_alone_and_holds_no_prompt(model: EngineModel) -> None:
+    model.chat([{"role": "user", "content": "PURPLE-ELEPHANT"}], Sampling(max_tokens=1), CancelToken())
+    assert stat.S_IMODE(model.process.log.stat().st_mode) == 0o600
+    assert "PURPLE" not in model.process.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "names"),
+    [
+        ("/v1/completions", {"prompt": "x", "temperature": -1}, "temperature"),
+        ("/v1/completions", {"prompt": "x", "colour": "red"}, "colour"),
+        ("/v1/completions", {}, "prompt"),
+        ("/v1/completions", {"prompt": ""}, "empty"),
+        ("/v1/completions", {"prompt": "x", "echo": True}, "echo"),
+        ("/v1/chat/completions", {"messages": []}, "messages"),
+    ],
+)
+def test_a_bad_request_gets_the_apis_error_shape(
+    model: EngineModel, path: str, body: dict[str, object], names: str
+) -> None:
+    response = ask(model, path, body)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert names in error["message"]
+
+
+def test_a_killed_engine_is_started_again_and_the_question_answered(model: EngineModel) -> None:
+    before = model.process.pid
+    os.kill(before, signal.SIGKILL)
+    [answer] = model.infill(PREFIX, SUFFIX, LINE, CancelToken())
+    assert answer.text == MIDDLE
+    assert model.process.pid != before
+
+
+def test_an_engine_killed_while_it_answers_is_asked_again(model: EngineModel) -> None:
+    pid = model.process.pid
+    threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
+    [answer] = model.chat(STORY, Sampling(max_tokens=120), CancelToken())
+    assert answer.finish_reason in ("stop", "length")
+    assert model.process.pid != pid
+
+
+def test_an_idle_engine_gives_its_memory_back_and_comes_again(
+    small_model: store.InstalledModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "IDLE_SECONDS", 0.5)
+    model = EngineModel(small_model.name, small_model.path, tier="small", context_length=512)
+    try:
+        assert model.process.ended(within_s=30)
+        assert model.infill(PREFIX, SUFFIX, LINE, CancelToken())[0].text == MIDDLE
+    finally:
+        model.close()
+    with pytest.raises(Cancelled):
+        model.infill(PREFIX, SUFFIX, LINE, CancelToken())
+
+
+def test_the_engine_ends_with_its_parent_even_by_kill_9(small_model: store.InstalledModel) -> None:
+    program = textwrap.dedent(
+        f"""
+        import time
+        from lsp_agent.engine import open_model
+        print(open_model({small_model.name!r}).process.pid, flush=True)
+        time.sleep(60)
+        """
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        engine = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{engine}").exists() and not _zombie(engine):
+        assert time.monotonic() < deadline, "the engine outlived its parent"
+        time.sleep(0.05)
+
+
+def _zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_a_damaged_package_is_one_sentence(small_model: store.InstalledModel, tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    for file in small_model.path.iterdir():
+        if file.name != "weights.bin":
+            (package / file.name).write_bytes(file.read_bytes())
+    (package / "weights.bin").write_bytes(b"\0" * 100)
+    with pytest.raises(UserError):
+        EngineModel("broken", package, tier="small", context_length=512)
+
+
+def test_an_unknown_model_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="model"):
+        open_model("no-such-model")

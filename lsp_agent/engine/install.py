@@ -119,7 +119,7 @@ def import_file(
     manifest.check_runnable()
     with model_lock(manifest.name, progress):
         if model := store.read(store.package_dir(manifest.name)):
-            if model.manifest == manifest:
+            if model.manifest == manifest or store.same_file(model.manifest, manifest):
                 return model, False
             raise UserError(
                 f"Another model is installed as {manifest.name}; run `lsp-agent model rm {manifest.name}` first or "

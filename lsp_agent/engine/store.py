@@ -25,12 +25,22 @@ def package_dir(name: str) -> Path:
 
 
 def read(path: Path) -> InstalledModel | None:
-    """Return the model in the folder `path`; None when there is none or its manifest is not readable."""
+    """Return the model in the folder `path`; None when there is none or its manifest is not readable.
+
+    Where we ship a manifest for the same file under the same name, that one counts: it may have been corrected since.
+    """
     try:
         manifest = Manifest.model_validate_json((path / MANIFEST_FILE).read_bytes())
     except (OSError, ValidationError):
         return None
-    return InstalledModel(path.name, path, manifest)
+    current = next((m for m in shipped() if m.name == path.name and same_file(m, manifest)), manifest)
+    return InstalledModel(path.name, path, current)
+
+
+def same_file(one: Manifest, other: Manifest) -> bool:
+    """Whether two manifests describe the same file, by its hash."""
+    hashes = [m.source.sha256 if m.source else None for m in (one, other)]
+    return hashes[0] is not None and hashes[0] == hashes[1]
 
 
 def installed() -> list[InstalledModel]:

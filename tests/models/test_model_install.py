@@ -221,6 +221,18 @@ def test_import_of_a_known_file_uses_its_manifest(tiny: Manifest, tmp_path: Path
     assert (other.name, other.manifest.title) == ("mine", "Tiny Model")
 
 
+def test_a_corrected_manifest_counts_for_what_is_installed(
+    tiny: Manifest, tmp_path: Path, hub: Hub, log: Log, make_gguf: Callable
+) -> None:
+    install.pull("tiny", log, importer=copy_in)
+    write_manifest(tiny.model_copy(update={"memory_bytes": 7_000_000}), tmp_path / "manifests")
+    assert store.resolve("tiny").manifest.memory_bytes == 7_000_000
+    (tmp_path / "download.gguf").write_bytes(CONTENT)
+    assert install.import_file(tmp_path / "download.gguf", None, log, importer=copy_in)[1] is False
+    write_manifest(tiny_manifest(CONTENT[:-1]), tmp_path / "manifests")  # another file: what is installed stays itself
+    assert store.resolve("tiny").manifest == tiny
+
+
 def test_import_refuses_names_that_are_taken(tiny: Manifest, tmp_path: Path, log: Log, make_gguf: Callable) -> None:
     path = make_gguf(tmp_path / "a.gguf")
     with pytest.raises(UserError, match="not the file known as tiny"):

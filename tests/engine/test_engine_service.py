@@ -72,8 +72,18 @@ def test_n_answers_count_their_prompt_once(model: EngineModel) -> None:
     answers = model.infill(PREFIX, SUFFIX, Sampling(max_tokens=8, temperature=1.0, seed=1), CancelToken(), n=3)
     assert len(answers) == 3
     assert [answer.usage.prompt_tokens > 0 for answer in answers] == [True, False, False]
-    again = model.infill(PREFIX, SUFFIX, Sampling(max_tokens=8, temperature=1.0, seed=1), CancelToken(), n=3)
-    assert [a.text for a in again] == [a.text for a in answers], "the same seed draws the same answers"
+
+
+def test_the_same_seed_draws_the_same_answers(model: EngineModel) -> None:
+    """From the same cache: rounding of activations to int8 makes a prompt read in other pieces differ a little."""
+    sampling = Sampling(max_tokens=8, temperature=1.0, seed=1)
+    model.infill(PREFIX, SUFFIX, sampling, CancelToken())
+    first, second = (
+        [answer.text for answer in model.infill(PREFIX, SUFFIX, sampling, CancelToken(), n=3)] for _ in range(2)
+    )
+    assert first == second
+    other = Sampling(max_tokens=8, temperature=1.0, seed=2)
+    assert [answer.text for answer in model.infill(PREFIX, SUFFIX, other, CancelToken(), n=3)] != first
 
 
 def test_a_wrong_operator_is_the_surprising_token(model: EngineModel) -> None:

@@ -92,16 +92,12 @@ class ObjectStore:
         files = workspace.scan()
         wanted = [path for path, status in files.items() if status is not None and _fits(workspace.root / path, status)]
         index = {"GIT_WORK_TREE": str(workspace.root), "GIT_INDEX_FILE": str(self._folder / "index")}
-        known = split_z(self._git("ls-files", "-z", cwd=workspace.root, env=index))
-        gone = _join_z(sorted(set(known) - set(wanted)))
-        add = ["update-index", "--add", "--remove", "--replace", "-z", "--stdin"]
         try:
-            self._git("update-index", "--force-remove", "-z", "--stdin", input=gone, cwd=workspace.root, env=index)
-            self._git(*add, input=_join_z(sorted(wanted)), cwd=workspace.root, env=index)
+            self._refresh_index(wanted, workspace.root, index)
         except UserError:
             # A cache of ours that a crash damaged must not stand in the way: take everything anew.
             (self._folder / "index").unlink(missing_ok=True)
-            self._git(*add, input=_join_z(sorted(wanted)), cwd=workspace.root, env=index)
+            self._refresh_index(wanted, workspace.root, index)
         if workspace.overlay:
             index["GIT_INDEX_FILE"] = str(self._folder / "index.unsaved")
             with contextlib.suppress(FileNotFoundError):
@@ -115,6 +111,14 @@ class ObjectStore:
         commit = self._git("commit-tree", "-m", f"Before run {run_id}", tree, env=who).decode().strip()
         self._git("update-ref", f"refs/runs/{run_id}/base", commit)
         return commit
+
+    def _refresh_index(self, wanted: Sequence[str], root: Path, index: dict[str, str]) -> None:
+        known = split_z(self._git("ls-files", "-z", cwd=root, env=index))
+        gone = _join_z(sorted(set(known) - set(wanted)))
+        self._git("update-index", "--force-remove", "-z", "--stdin", input=gone, cwd=root, env=index)
+        add = ("update-index", "--add", "--remove", "--replace", "-z", "--stdin")
+        self._git(*add, input=_join_z(sorted(wanted)), cwd=root, env=index)
+        self._git("write-tree", env=index)
 
     def forget(self, run_ids: Sequence[str]) -> None:
         """Drop what runs held, and give the space back (not what is recent: a killed process's git may still write)."""

@@ -206,6 +206,6 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     return (status.st_dev, status.st_ino) if stat.S_ISDIR(status.st_mode) else None
 
 
-def _list_without_junk(folder: str) -> Iterator[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
+def _list_without_junk(folder: str | None) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(folder or ".") as entries:
         yield from [entry for entry in entries if entry.name not in JUNK]

@@ -17,7 +17,7 @@ from lsp_agent.errors import Cancelled
 from lsp_agent.testing.environment import scrubbed_environment
 from lsp_agent.testing.integrity import ProtectedFiles
 from lsp_agent.testing.interpreter import Interpreter, find_interpreter
-from lsp_agent.testing.process import MAX_PROCESSES, Ended, run_group
+from lsp_agent.testing.process import DUMP_SIGNAL, MAX_PROCESSES, Ended, run_group
 from lsp_agent.testing.records import Session, read_faults, read_session, result_of
 from lsp_agent.testing.results import TestResult, TestRun
 from lsp_agent.testing.sandbox import RUN_DIR, Sandbox
@@ -169,7 +169,7 @@ class PytestRunner:
             "ignore": progress.ignore,
             "skip": list(progress.results),
             "coverage": coverage,
-            "deadline": time.time() + deadline - time.monotonic(),
+            "dump_signal": int(DUMP_SIGNAL),
             "redirect": [] if full or tree == self.root else [[str(self.root), str(tree)]],
             "limits": limits(),
             "pythonpath": pythonpath,
@@ -199,11 +199,12 @@ class PytestRunner:
             output=run_dir.parent / f"{run_dir.name}.out",
             deadline=deadline,
             cancel=cancel,
-            mark="" if full else run_dir.name,
+            namespaced=full,
+            watched=run_dir / "events",
         )
         if ended.how == "cancelled":
             raise Cancelled
-        return tuple(argv), ended, read_session(run_dir / "events", key)
+        return tuple(argv), ended, read_session(run_dir / "events", key, ended.known)
 
     def _merge(
         self,
@@ -274,7 +275,11 @@ def _death(ended: Ended) -> str:
 
 
 def _problem_sentence(problem: dict[str, object]) -> str:
-    where = {"conftest": "A conftest file cannot be loaded", "usage": "pytest refused to start"}
+    where = {
+        "conftest": "A conftest file cannot be loaded",
+        "usage": "pytest refused to start",
+        "run": "pytest broke down",
+    }
     start = where.get(str(problem["where"]), "pytest failed internally")
     frames = problem.get("frames")
     place = f" at {frames[-1][0]}:{frames[-1][1]}" if isinstance(frames, list) and frames else ""
@@ -294,8 +299,11 @@ def _missing_sentence(missing: Sequence[str], results: dict[str, TestResult]) ->
 def _last_line(output: str) -> str:
     """Return the line of pytest's output that a human would look at first."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith(("ERROR", "E  ")) or "error:" in line]
-    return (errors or lines or ["it printed nothing"])[0 if errors else -1]
+    for mark in ("error: ", "ERROR: ", "Error: ", "E  "):
+        for line in lines:
+            if mark in line and "usage: " not in line:
+                return line
+    return lines[-1] if lines else "it printed nothing"
 
 
 def _link_chain(executable: Path) -> list[Path]:

@@ -38,11 +38,14 @@ class Session:
     """Whether no record is missing and no line is foreign."""
 
 
-def read_session(path: Path, key: bytes) -> Session:
-    """Return the session in an events file, up to the first line that is foreign, torn or out of sequence."""
+def read_session(path: Path, key: bytes, size: int | None = None) -> Session:
+    """Return the session in the first `size` bytes of an events file (None: in all of it).
+
+    Reading stops at the first line that is foreign, torn or out of sequence, and `intact` says so.
+    """
     session = Session()
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes()[:size].split(b"\n")
     except OSError:
         session.intact = False
         return session
@@ -122,11 +125,10 @@ def read_faults(path: Path, root: str, outside: list[str]) -> tuple[Frame, ...]:
         text = path.read_text("utf-8", "replace")
     except OSError:
         return ()
-    dumps = re.split(r"^(?=Timeout \(|Fatal Python error)", text, flags=re.MULTILINE)
-    stacks = re.split(r"^(?:Current thread|Thread|Stack).*$", dumps[-1], flags=re.MULTILINE)[1:]
+    stacks = re.split(r"^(?:Current thread|Thread|Stack).*$", text, flags=re.MULTILINE)[1:]
     if not stacks:
         return ()
-    chosen = next((s for s in stacks if "/_pytest/" in s), stacks[-1] if "Timeout (" in dumps[-1] else stacks[0])
+    chosen = stacks[0] if "Fatal Python error" in text else next((s for s in stacks if "/_pytest/" in s), stacks[-1])
     frames = []
     for line in reversed(chosen.splitlines()):
         match = _FAULT_FRAME.match(line)

@@ -53,9 +53,19 @@ def cut(text: str, limit: int) -> str:
     return text[:head] + CUT.format(len(text) - limit) + text[len(text) - (limit - head) :]
 
 
+def make_encoder() -> Callable[[Any], str]:
+    """Return a JSON encoder that does not go through attributes of the json module, which tests patch."""
+    make: Any = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:  # not CPython
+        return json.JSONEncoder().encode
+    text = json.encoder.encode_basestring_ascii
+    encoder = make(None, str, text, None, ":", ",", False, False, True)
+    return lambda value: "".join(encoder(value, 0))
+
+
 def make_emit(path: str, key: bytes) -> Callable[..., None]:
     """Return the function that appends one record; it owns the key and survives closed descriptors."""
-    encode = json.JSONEncoder(ensure_ascii=True).encode
+    encode = make_encoder()
     digest = hashlib.blake2b
     open_, write, fstat, getpid = os.open, os.write, os.fstat, os.getpid
     flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
@@ -104,10 +114,7 @@ class Recorder:
         self.real_root = self.realpath(self.root)
         self.current: dict[str, Any] = {}
         self.faults = open(settings["faults"], "a")  # noqa: SIM115 - stays open for faulthandler
-        delay = settings["deadline"] - time.time() - 0.25
-        if delay > 0:
-            # Where the running test hangs, written by a thread that needs no interpreter lock.
-            faulthandler.dump_traceback_later(delay, file=self.faults)
+        self.dump_signal: int = settings["dump_signal"]
 
     # -- paths and exceptions --------------------------------------------------------------------------------------
 
@@ -180,12 +187,14 @@ class Recorder:
             config.option.ignore = [*(config.option.ignore or []), *self.ignore]
         self.emit("session", python=sys.version.split()[0], pytest=pytest.__version__)
         outcome = yield
-        self.problem("usage", outcome.excinfo)
+        self.problem("run" if self.current else "usage", outcome.excinfo)
 
     @pytest.hookimpl(trylast=True)
     def pytest_configure(self) -> None:
         """Send fatal errors to our file, after pytest's own faulthandler plugin chose standard error."""
         faulthandler.enable(file=self.faults, all_threads=False)
+        # Where a test hangs, on the runner's request; a timer of our own would dead-lock forks on their way out.
+        faulthandler.register(self.dump_signal, file=self.faults, all_threads=True)
 
     def problem(self, where: str, excinfo: Any) -> None:
         """Record an exception that ended pytest before or outside the tests."""
@@ -301,10 +310,9 @@ class Recorder:
         elif state in ("skipped", "xfailed"):
             self.current["message"] = cut(str(getattr(report, "wasxfail", "") or error or ""), MESSAGE_CHARS)
 
-    @pytest.hookimpl(trylast=True)
+    @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, exitstatus: Any) -> None:
-        """Close the session."""
-        faulthandler.cancel_dump_traceback_later()
+        """Close the session; what breaks in other plugins after this is a problem, and the results stand."""
         self.emit("end", status=int(exitstatus))
 
 

@@ -1,0 +1,239 @@
+"""The streaming parser that both tool-call formats share: text in, text and calls out, nothing lost.
+
+Every decision is a pure function of the answer's text up to some point, and is put off (`NeedMore`) while text yet to
+come could change it. So the events do not depend on how the stream was cut, and the text of the events together with
+the raw spans of the calls is the answer, character for character.
+"""
+
+from __future__ import annotations
+
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lsp_agent.engine.tool_calls.schema import (
+    Argument,
+    Problem,
+    Repair,
+    ToolCall,
+    ToolCallError,
+    ToolSchema,
+    check_arguments,
+)
+
+CALL_OPEN = "<tool_call>"
+CALL_CLOSE = "</tool_call>"
+CUT_OFF_MESSAGE = "The answer ended inside a tool call, which was not run; make the call again, whole."
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """More of the answer's plain text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class CallStart:
+    """Call number `index` of the answer begins. `CallEnd` has the name that counts."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class CallEnd:
+    """Call number `index` is complete, or is known never to be (see `ToolCall.errors`)."""
+
+    index: int
+    call: ToolCall
+
+
+Event = TextDelta | CallStart | CallEnd
+
+
+class NeedMore(Exception):  # noqa: N818 - a control-flow signal
+    """The text so far does not settle the question."""
+
+
+@dataclass(frozen=True)
+class View:
+    """The part of the answer that a decision may look at: `text` up to `end`; `final` when nothing follows it."""
+
+    text: str
+    end: int
+    final: bool
+
+    def starts(self, literal: str, at: int) -> bool:
+        """Whether `literal` stands at `at`; raises NeedMore while it may yet."""
+        if self.text.startswith(literal, at, self.end):
+            return True
+        if not self.final and literal.startswith(self.text[at : self.end]):
+            raise NeedMore
+        return False
+
+    def starts_cut_off(self, literal: str, at: int) -> bool:
+        """Whether the answer ends at `at` or within a `literal` that begins there."""
+        return self.final and literal.startswith(self.text[at : self.end])
+
+    def skip_space(self, at: int) -> int:
+        """Give the place of the next character that is no whitespace, or the end."""
+        while at < self.end and self.text[at].isspace():
+            at += 1
+        return at
+
+    def line_is_blank_before(self, at: int, start: int) -> bool:
+        """Whether only whitespace stands before `at` on its line, whose text begins at `start` at the earliest."""
+        line = max(start, self.text.rfind("\n", start, at) + 1)
+        return not self.text[line:at].strip()
+
+    def line_is_blank(self, at: int, blank_before: bool) -> bool:
+        """Like `line_is_blank_before`, for a text whose own first line follows on from one that was blank or not."""
+        return self.line_is_blank_before(at, 0) and (blank_before or self.text.find("\n", 0, at) >= 0)
+
+    def find(self, literal: str, at: int) -> int:
+        """Give the first place of `literal` from `at` on, or -1."""
+        return self.text.find(literal, at, self.end)
+
+
+@dataclass
+class Draft:
+    """A call as read so far. `end` is where its span ends, exclusive."""
+
+    end: int
+    name: str = ""
+    arguments: list[Argument] = field(default_factory=list)
+    problem: ToolCallError | None = None
+    repairs: list[Repair] = field(default_factory=list)
+
+    def mend(self, repair: Repair) -> None:
+        """Note a repair, once."""
+        if repair not in self.repairs:
+            self.repairs.append(repair)
+
+    def cut_off(self) -> None:
+        """Note that the answer ended inside the call."""
+        self.problem = ToolCallError(Problem.CUT_OFF, CUT_OFF_MESSAGE)
+
+
+class Reader(ABC):
+    """Reads one call whose opener was seen."""
+
+    name: str | None = None
+    """The tool's name, once it is known for good that this is a call."""
+
+    @abstractmethod
+    def read(self, view: View, cut_off: bool) -> Draft | None:
+        """Read on. Gives the call when it is complete, or None when this was no call after all.
+
+        Raises NeedMore, never when `view.final`. `cut_off`: the answer hit its length limit.
+        """
+
+
+class ToolCallParser(ABC):
+    """Splits one answer of a model, as it streams in, into text and tool calls. Use one parser for one answer.
+
+    No input makes it raise. `new_id` names the calls.
+    """
+
+    def __init__(self, tools: Iterable[ToolSchema], new_id: Callable[[], str] | None = None) -> None:
+        self._tools = {tool.name: tool for tool in tools}
+        self._new_id = new_id or _random_id
+        self._buffer = ""
+        # Everything before is settled as text; a reader, while there is one, began exactly at the buffer's start.
+        self._searched = 0
+        self._reader: Reader | None = None
+        self._started: CallStart | None = None
+        self._blank_line = True
+        self._calls = 0
+
+    def feed(self, text: str) -> list[Event]:
+        """Take the next piece of the answer and give what it settles."""
+        self._buffer += text
+        return self._advance(final=False, cut_off=False)
+
+    def close(self, cut_off: bool = False) -> list[Event]:
+        """Settle everything: the answer is over. `cut_off`: it hit its length limit, so an open call is in error."""
+        return self._advance(final=True, cut_off=cut_off)
+
+    @abstractmethod
+    def _find(self, view: View, at: int, blank_line: bool) -> tuple[int, Reader | None]:
+        """Find the next call from `at` on.
+
+        Gives its place and reader, or the place up to which there is surely none. `blank_line`: only whitespace stands
+        on the line before the view's start.
+        """
+
+    def _advance(self, final: bool, cut_off: bool) -> list[Event]:
+        events: list[Event] = []
+        while self._step(View(self._buffer, len(self._buffer), final), cut_off, events):
+            pass
+        return events
+
+    def _step(self, view: View, cut_off: bool, events: list[Event]) -> bool:
+        if self._reader is None:
+            at, self._reader = self._find(view, self._searched, self._blank_line)
+            self._emit_text(at, events)
+            return self._reader is not None
+        try:
+            draft = self._reader.read(view, cut_off)
+        except NeedMore:
+            self._start(self._reader.name, events)
+            return False
+        name, self._reader = self._reader.name, None
+        if draft is None:
+            self._searched = 1
+            return True
+        self._start(draft.name if name is None else name, events)
+        self._emit_call(draft, events)
+        return True
+
+    def _start(self, name: str | None, events: list[Event]) -> None:
+        if name is not None and self._started is None:
+            self._started = CallStart(self._calls, self._new_id(), name)
+            events.append(self._started)
+
+    def _emit_text(self, upto: int, events: list[Event]) -> None:
+        text, self._buffer = self._buffer[:upto], self._buffer[upto:]
+        self._searched = 0
+        if text:
+            line = text.rpartition("\n")
+            self._blank_line = not line[2].strip() and (bool(line[1]) or self._blank_line)
+            events.append(TextDelta(text))
+
+    def _emit_call(self, draft: Draft, events: list[Event]) -> None:
+        assert self._started is not None and draft.end > 0
+        arguments: dict[str, Any] = {}
+        errors = [draft.problem] if draft.problem else []
+        # A call that could not be read has no other errors worth telling; a known wrong name is one even then.
+        if draft.name or not errors:
+            arguments, found = check_arguments(draft.name, draft.arguments, self._tools, complete=not errors)
+            errors += found
+        raw, self._buffer = self._buffer[: draft.end], self._buffer[draft.end :]
+        call = ToolCall(self._started.id, draft.name, arguments, raw, tuple(errors), tuple(draft.repairs))
+        events.append(CallEnd(self._calls, call))
+        self._calls += 1
+        self._started, self._blank_line, self._searched = None, True, 0
+
+
+def absorb_closers(view: View, at: int, closers: tuple[str, ...], draft: Draft) -> int:
+    """Take closing tags that follow `at`, each only once expected; gives the end of the last one taken."""
+    taken: set[str] = set()
+    while True:
+        place = view.skip_space(at)
+        if place == view.end and not view.final:
+            raise NeedMore
+        found = next((closer for closer in closers if view.starts(closer, place)), None)
+        if found is None:
+            return at
+        if found in taken:
+            draft.mend(Repair.DOUBLED_CLOSER)
+        taken.add(found)
+        at = place + len(found)
+
+
+def _random_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"

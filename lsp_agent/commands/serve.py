@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import signal
 import sys
 import threading
 from types import FrameType
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import click
+
+from lsp_agent.errors import UserError
+
+if TYPE_CHECKING:
+    from lsp_agent.lsp.server import AgentServer
 
 LEVELS = ("error", "warning", "info", "debug")
 
@@ -28,9 +34,7 @@ def serve(tcp: int | None, model: str | None, log_level: str) -> int:
     server = create_server(model)
 
     def leave(number: int, _frame: FrameType | None) -> None:
-        # The reader's thread is blocked in a read that nothing interrupts, so leave without joining it.
-        server.close()
-        os._exit(128 + number)
+        server.leave(128 + number)
 
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGTERM", "SIGHUP", "SIGINT"):
@@ -38,8 +42,7 @@ def serve(tcp: int | None, model: str | None, log_level: str) -> int:
                 signal.signal(getattr(signal, name), leave)
     try:
         if tcp is not None:
-            click.echo(f"lsp-agent listens on 127.0.0.1:{tcp}", err=True)
-            server.start_tcp("127.0.0.1", tcp)
+            asyncio.run(_serve_one_client(server, tcp))
         else:
             server.start_io(*_claim_standard_streams())
     except SystemExit:
@@ -47,6 +50,30 @@ def serve(tcp: int | None, model: str | None, log_level: str) -> int:
     finally:
         server.close()
     return server.exit_code
+
+
+async def _serve_one_client(server: AgentServer, port: int) -> None:
+    """Serve the first client that connects to the loopback `port`, until it leaves."""
+    from pygls.io_ import run_async
+
+    left = asyncio.Event()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        listener.close()
+        server.protocol.set_writer(writer)
+        try:
+            await run_async(threading.Event(), reader, server.protocol, error_handler=server.report_server_error)
+        except ConnectionError:
+            pass  # the client is gone, and that is all there is to know
+        finally:
+            left.set()
+
+    try:
+        listener = await asyncio.start_server(connected, "127.0.0.1", port)
+    except OSError as error:
+        raise UserError(f"The port {port} cannot be used ({error.strerror}): choose another.") from error
+    click.echo(f"lsp-agent listens on 127.0.0.1:{port}", err=True)
+    await left.wait()
 
 
 def _claim_standard_streams() -> tuple[BinaryIO, BinaryIO]:

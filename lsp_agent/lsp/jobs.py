@@ -76,7 +76,7 @@ class JobSlot:
             job = Job(title, background, Progress(self._editor, title, quiet=background))
             job.thread = threading.Thread(target=self._run, args=(job, work, former), name=title, daemon=True)
             self._current = job
-        job.thread.start()
+            job.thread.start()  # under the lock: whoever takes the place next may join it
         return job
 
     def stop(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +12,6 @@ from typing import Any
 
 from lsprotocol import types
 from pygls.capabilities import ServerCapabilitiesBuilder
-from pygls.exceptions import PyglsError
 from pygls.lsp.server import LanguageServer
 from pygls.protocol import default_converter
 
@@ -25,6 +25,7 @@ from lsp_agent.lsp.documents import Documents, relative_path
 from lsp_agent.lsp.editor import Editor
 from lsp_agent.lsp.folder import Folder, Folders
 from lsp_agent.lsp.models import Models
+from lsp_agent.lsp.parent import watch_editor
 from lsp_agent.lsp.protocol import Protocol
 from lsp_agent.lsp.watch import Watch
 
@@ -88,6 +89,11 @@ class AgentServer(LanguageServer):
                 thread.join(max(0.0, deadline - time.monotonic()))
         self.models.close()
 
+    def leave(self, code: int = 1) -> None:
+        """Close and end the process at once: the reader's thread may be in a read that nothing interrupts."""
+        self.close()
+        os._exit(code)
+
     def saved(self, uri: str) -> None:
         """A document was saved in the editor; the watcher may not see it on every file system."""
         folder = self.folders.of(path_of(uri))
@@ -96,7 +102,7 @@ class AgentServer(LanguageServer):
             path = relative_path(path_of(uri), folder.root)
             watch.changed({path} if path is not None else set())
 
-    def report_server_error(self, error: Exception, source: type[PyglsError]) -> None:  # type: ignore[override]
+    def report_server_error(self, error: Exception, source: type[Exception]) -> None:
         """Log the kind of an error only: messages of protocol errors quote what the client sent."""
         log.error("%s while handling a message (%s)", type(error).__name__, source.__name__)
 
@@ -135,6 +141,7 @@ def _register_lifecycle(server: AgentServer) -> None:
     @server.feature(types.INITIALIZED)
     def initialized(_params: types.InitializedParams) -> None:
         uris = [folder.uri for folder in server.workspace.folders.values()]
+        watch_editor(server.process_id, server.leave)
         for uri in uris or ([server.workspace.root_uri] if server.workspace.root_uri else []):
             server.add_folder(uri)
 

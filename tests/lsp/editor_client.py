@@ -285,7 +285,8 @@ class EditorClient:
         changes = edit.get("documentChanges")
         if changes is None:
             changes = [
-                {"textDocument": {"uri": uri, "version": None}, "edits": edits} for uri, edits in edit["changes"].items()
+                {"textDocument": {"uri": uri, "version": None}, "edits": edits}
+                for uri, edits in edit["changes"].items()
             ]
         for change in changes:
             buffer = self.buffers[change["textDocument"]["uri"]]
@@ -296,7 +297,11 @@ class EditorClient:
             uri = change["textDocument"]["uri"]
             buffer = self.buffers[uri]
             spans = [
-                (self._offset(buffer.text, e["range"]["start"]), self._offset(buffer.text, e["range"]["end"]), e["newText"])
+                (
+                    self._offset(buffer.text, e["range"]["start"]),
+                    self._offset(buffer.text, e["range"]["end"]),
+                    e["newText"],
+                )
                 for e in change["edits"]
             ]
             with self.changed:
@@ -315,7 +320,10 @@ class EditorClient:
         here = [d for d in self.diagnostics.get(uri, []) if d["range"]["start"]["line"] == line]
         context: dict[str, Any] = {"diagnostics": here, **({"only": only} if only is not None else {})}
         params = {"textDocument": {"uri": uri}, "range": span, "context": context}
-        return {action.get("kind", action.get("command")): action for action in self.request("textDocument/codeAction", params)}
+        return {
+            action.get("kind", action.get("command")): action
+            for action in self.request("textDocument/codeAction", params)
+        }
 
     def execute(self, command: dict[str, Any]) -> None:
         params = {"command": command["command"], "arguments": command.get("arguments", [])}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import fnmatch
+import posixpath
 import tomllib
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -33,7 +34,7 @@ class ProtectedFiles:
         ]
 
     def __contains__(self, path: object) -> bool:
-        relative = PurePosixPath(str(path))
+        relative = PurePosixPath(posixpath.normpath(str(path)))
         name = relative.name
         if name in CONFIGURATION or name.endswith(".pth"):
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -183,14 +184,11 @@ class PytestRunner:
             "-x" if fail_fast else "--maxfail=0",
             *arguments,
         ]
-        launch = self.sandbox.launch(
-            argv,
-            tree=tree,
-            run_dir=run_dir,
-            plugin=PLUGIN_DIR,
-            needs=[*interpreter.prefixes, *interpreter.import_path, *_link_chain(interpreter.executable)],
-            environment=environment,
-        )
+        needs = [*interpreter.prefixes, *interpreter.import_path, *_link_chain(interpreter.executable)]
+        home = Path(environment.get("HOME") or Path.home())
+        launch = self.sandbox.launch(argv, tree=tree, run_dir=run_dir, plugin=PLUGIN_DIR, needs=needs, home=home)
+        mounted = [tree / path.relative_to(self.root) for path in self.sandbox.environments(needs)]
+        mounted = [path for path in mounted if not path.exists()]
         ended = run_group(
             launch.argv,
             cwd=launch.cwd,
@@ -202,6 +200,9 @@ class PytestRunner:
             namespaced=full,
             watched=run_dir / "events",
         )
+        for place in mounted:  # an empty folder that bubblewrap made to mount on
+            with contextlib.suppress(OSError):
+                place.rmdir()
         if ended.how == "cancelled":
             raise Cancelled
         return tuple(argv), ended, read_session(run_dir / "events", key, ended.known)

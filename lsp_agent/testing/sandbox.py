@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,14 +39,10 @@ class SandboxReport:
 
 @dataclass(frozen=True)
 class Launch:
-    """A command ready for subprocess, and where it will find things."""
+    """A command ready for subprocess, and the folder to start it in."""
 
     argv: tuple[str, ...]
     cwd: Path
-    tree: str
-    """The tree's path as the command sees it."""
-    run_dir: str
-    """The run folder's path as the command sees it."""
 
 
 def find_bwrap() -> Path | None:
@@ -134,19 +130,18 @@ class Sandbox:
         run_dir: Path,
         plugin: Path,
         needs: Sequence[Path],
-        environment: Mapping[str, str],
+        home: Path,
     ) -> Launch:
-        """Return how to run `argv`, whose mentions of `tree` and `run_dir` the caller writes as `Launch` names them.
+        """Return how to run `argv`, which names `tree` and `run_dir` as `locate` gives them.
 
-        `needs`: files and folders to be seen read-only even where they lie in hidden folders. `environment`: decides
-        nothing here but HOME's path.
+        `needs`: files and folders to be seen read-only even where they lie in hidden folders; inside the workspace
+        only virtual environments are: everything else there comes from `tree`.
         """
         if self.report.bwrap is None:
             prefix = _UNSHARE if self.report.network_cut else []
-            return Launch((*prefix, *argv), tree, str(tree), str(run_dir))
-        options = [*_BASE, *_SYSTEM, *self._mounts(tree, run_dir, plugin, needs, environment)]
-        command = (str(self.report.bwrap), *options, "--chdir", str(self.root), "--", *argv)
-        return Launch(command, Path("/"), str(self.root), f"{RUN_DIR}/run")
+            return Launch((*prefix, *argv), tree)
+        options = [*_BASE, *_SYSTEM, *self._mounts(tree, run_dir, plugin, needs, home)]
+        return Launch((str(self.report.bwrap), *options, "--chdir", str(self.root), "--", *argv), Path("/"))
 
     def locate(self, tree: Path, run_dir: Path) -> tuple[str, str]:
         """Return the paths of `tree` and `run_dir` as the command will see them."""
@@ -154,10 +149,7 @@ class Sandbox:
             return str(tree), str(run_dir)
         return str(self.root), f"{RUN_DIR}/run"
 
-    def _mounts(
-        self, tree: Path, run_dir: Path, plugin: Path, needs: Sequence[Path], environment: Mapping[str, str]
-    ) -> Iterator[str]:
-        home = Path(environment.get("HOME") or Path.home())
+    def _mounts(self, tree: Path, run_dir: Path, plugin: Path, needs: Sequence[Path], home: Path) -> Iterator[str]:
         private = _existing([home, Path("/root"), Path("/home"), Path("/tmp"), Path("/var/tmp"), Path("/run")])  # noqa: S108
         for folder in private:
             yield from ("--size", str(TMPFS_BYTES), "--tmpfs", str(folder))
@@ -165,6 +157,7 @@ class Sandbox:
             for secret in ("/etc/shadow", "/etc/gshadow", "/etc/sudoers"):
                 if Path(secret).is_file():
                     yield from ("--ro-bind", "/dev/null", secret)
+        yield from ("--dir", str(home)) if any(home.is_relative_to(p) for p in private) else ()
         wanted = [*needs, *self.read_only]
         outer = [path for path in wanted if not path.is_relative_to(self.root)]
         for path in _without_nested(outer):
@@ -177,14 +170,19 @@ class Sandbox:
                 yield from ("--tmpfs", str(folder))
         yield from self._hide_repository(private)
         yield from ("--bind", str(tree), str(self.root))
-        for path in _without_nested([path for path in wanted if path.is_relative_to(self.root) and path != self.root]):
-            if path.exists():
-                yield from ("--ro-bind", str(path), str(path))
+        for path in self.environments(needs):
+            yield from ("--ro-bind", str(path), str(path))
         git = tree / ".git"
         if git.exists() and not git.is_symlink():
             yield from _hide(git, self.root / ".git")
         yield from ("--ro-bind", str(plugin), f"{RUN_DIR}/plugin")
         yield from ("--bind", str(run_dir), f"{RUN_DIR}/run")
+
+    def environments(self, needs: Sequence[Path]) -> list[Path]:
+        """Return the virtual environments among `needs` that lie inside the workspace."""
+        inside = [path for path in needs if path.is_relative_to(self.root) and path != self.root]
+        marks = ("pyvenv.cfg", "conda-meta")
+        return _without_nested([path for path in inside if any((path / mark).exists() for mark in marks)])
 
     def _hide_repository(self, private: Sequence[Path]) -> Iterator[str]:
         """Hide the history of a repository around the workspace: a fix could be dug out of it."""

@@ -40,6 +40,8 @@ from lsp_agent.engine.tool_calls.schema import Argument, Repair, ToolSchema
 
 _IN_VALUE = re.compile("|".join(map(re.escape, (PARAMETER_CLOSE, FUNCTION_CLOSE, PARAMETER_OPEN, FUNCTION_OPEN))))
 _OPENER = re.compile(f"{CALL_OPEN}|{FUNCTION_OPEN}")
+_CLOSERS = re.compile(rf"^[ \t]*({FUNCTION_CLOSE}\s*{CALL_CLOSE})", re.MULTILINE)
+_CLOSER = re.compile(rf"^[ \t]*({FUNCTION_CLOSE}|{CALL_CLOSE})", re.MULTILINE)
 _LONGEST_TAG = max(len(tag) for tag in (PARAMETER_CLOSE, FUNCTION_CLOSE, PARAMETER_OPEN, FUNCTION_OPEN))
 
 
@@ -221,21 +223,14 @@ class _CallReader(Reader):
         A later call is never swallowed, unless the answer was cut off: then nothing tells a call that follows from one
         that the value quotes.
         """
+        closer = None
         if not cut_off:
             view = View(view.text, self._next_call(view, value.start), True)
-        for found in re.finditer(PARAMETER_CLOSE, view.text[value.start : view.end]):
-            at = value.start + found.start()
-            place = at
-            while view.starts(PARAMETER_CLOSE, place):
-                place = view.skip_space(place + len(PARAMETER_CLOSE))
-            if tag_at(view, place):
-                self._end_value(view, draft, value, at, at + len(PARAMETER_CLOSE))
+            if self._settle_leniently(view, draft, value):
                 return view
-        text = view.text[value.start : view.end]
-        closer = re.search(rf"^[ \t]*({FUNCTION_CLOSE}\s*{CALL_CLOSE})", text, re.MULTILINE) or re.search(
-            rf"^[ \t]*({FUNCTION_CLOSE}|{CALL_CLOSE})", text, re.MULTILINE
-        )
-        if closer is None or cut_off:
+            text = view.text[value.start : view.end]
+            closer = _CLOSERS.search(text) or _CLOSER.search(text)
+        if closer is None:
             draft.end = view.end
             draft.cut_off()
             self._value = None
@@ -245,6 +240,19 @@ class _CallReader(Reader):
         draft.mend(Repair.MISSING_CLOSER if stray < 0 else Repair.STRAY_TEXT)
         self._end_value(view, draft, value, value.start + (end if stray < 0 else stray), value.start + end)
         return view
+
+    def _settle_leniently(self, view: View, draft: Draft, value: _Value) -> bool:
+        """End the value at its first `</parameter>` that any tag follows, wherever in a line and in whatever call."""
+        at = value.start
+        while (at := view.find(PARAMETER_CLOSE, at)) >= 0:
+            place = after = at + len(PARAMETER_CLOSE)
+            while view.starts(PARAMETER_CLOSE, place := view.skip_space(place)):
+                place += len(PARAMETER_CLOSE)
+            if tag_at(view, place):
+                self._end_value(view, draft, value, at, after)
+                return True
+            at = after
+        return False
 
     def _next_call(self, view: View, start: int) -> int:
         for found in _OPENER.finditer(view.text, start, view.end):

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_MODEL ?= qwen2.5-coder-1.5b
 TEST_MODEL ?= qwen2.5-coder-0.5b
-DEMO_BUG ?= quantity-discount
+DEMO_BUG ?= page-off-by-one
 DEMO_DIR := build/demo
 
 .PHONY: setup demo test test-parity lint format clean
@@ -20,6 +20,7 @@ $(VENV)/.installed: pyproject.toml
 # The main job on the embedded model: break an example, watch it being repaired, with proof.
 demo: setup
 	@$(BIN)/lsp-agent model pull $(DEMO_MODEL)
+	@rm -rf $(DEMO_DIR)
 	@$(BIN)/python examples/make_buggy.py $(DEMO_BUG) $(DEMO_DIR)
 	@$(BIN)/lsp-agent fix $(DEMO_DIR) --model $(DEMO_MODEL)
 

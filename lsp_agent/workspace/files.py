@@ -74,7 +74,9 @@ def remove_tree(path: Path) -> None:
             return
         except FileNotFoundError:
             return
-        except (OSError, RecursionError):
+        except RecursionError:
+            break
+        except OSError:
             for folder, names, _files in os.walk(path):
                 for name in (".", *names):
                     inner = Path(folder, name)

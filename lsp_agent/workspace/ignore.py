@@ -74,11 +74,22 @@ class IgnoreRules:
             for path in rest:
                 by_repository.setdefault(self._repository_of(path), []).append(path)
             for prefix, group in by_repository.items():
-                names = b"\0".join(os.fsencode(path[len(prefix) :]) for path in group)
-                answer = run_git(["check-ignore", "-z", "--stdin"], self._root / prefix, input=names)
-                ignored.update(prefix + name for name in split_z(answer.stdout))
+                ignored |= self._check_ignore(prefix, group)
             return ignored
         return ignored | {path for path in paths if any(self._matches(part, d) for part, d in _with_parents(path))}
+
+    def _check_ignore(self, prefix: str, paths: list[str]) -> set[str]:
+        """Those of `paths`, all in the repository at `prefix`, that its ignore rules name."""
+        # "./" keeps a name such as ":(top)x" from being read as a pattern.
+        names = b"\0".join(b"./" + os.fsencode(path.removeprefix(prefix)) for path in paths)
+        answer = run_git(["check-ignore", "-z", "--stdin"], self._root / prefix, input=names)
+        if answer.returncode in (0, 1):
+            return {prefix + name.removeprefix("./") for name in split_z(answer.stdout)}
+        # One path that git cannot judge, such as one behind a symbolic link, fails them all; alone, it is not ours.
+        if len(paths) == 1:
+            return set(paths)
+        half = len(paths) // 2
+        return self._check_ignore(prefix, paths[:half]) | self._check_ignore(prefix, paths[half:])
 
     def _left_out(self, path: str) -> bool:
         name = path.rpartition("/")[2]

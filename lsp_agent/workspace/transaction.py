@@ -83,7 +83,8 @@ def carry_out(root: Path, record: Record, get: Callable[[str], bytes], commit: C
             write.place.unlink()
         else:
             write.temporary.replace(write.place)
-    for folder_place in {write.place.parent for write in writes}:
+    made = {(root / folder).parent for folder in record.folders}
+    for folder_place in made | {write.place.parent for write in writes}:
         fsync_directory(folder_place)
     commit()
 

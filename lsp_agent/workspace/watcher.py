@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +52,7 @@ class Watcher(FileSystemEventHandler):
         self._on_change = on_change
         self._debounce_s = debounce_s
         self._observer: BaseObserver | None = None
+        self._polling = False
         self._condition = threading.Condition()
         self._paths: set[str] = set()
         self._first = self._last = 0.0
@@ -122,21 +124,36 @@ class Watcher(FileSystemEventHandler):
 
     def _report(self, paths: set[str]) -> None:
         try:
-            present = {path for path in paths if (self._root / path).is_dir() and not (self._root / path).is_symlink()}
-            # A folder that was moved in, or moved away, stands for the files in it.
-            if present or any(self._holds_known(path) for path in paths):
+            folders = {path for path in paths if self._is_folder(path) or self._held_files(path)}
+            if folders:
+                self._keep_within_limit()
+                # A folder that was moved in, or moved away, stands for the files in it.
                 files = set(Workspace(self._root).files()) if self._root.is_dir() else set()
-                below = tuple(f"{path}/" for path in paths)
-                paths = paths - present | {path for path in files | self._known if path.startswith(below)}
+                below = tuple(f"{path}/" for path in folders)
+                paths = paths - folders | {path for path in files | self._known if path.startswith(below)}
                 self._known = files
             if self._root.is_dir():
                 paths = paths - IgnoreRules(self._root).ignored(paths)
+            present = {path for path in paths if os.path.lexists(self._root / path)}
+            self._known = (self._known - paths) | present
             if paths:
                 self._on_change(paths)
         except Exception:
             logger.exception("Changes of files could not be reported")
 
-    def _holds_known(self, path: str) -> bool:
+    def _keep_within_limit(self) -> None:
+        """New folders need new watches: where there are none left, poll."""
+        try:
+            self._probe_limit()
+        except OSError as error:
+            if error.errno in _LIMITS:
+                self._unobserve()
+                self._poll()
+
+    def _is_folder(self, path: str) -> bool:
+        return (self._root / path).is_dir() and not (self._root / path).is_symlink()
+
+    def _held_files(self, path: str) -> bool:
         return any(known.startswith(f"{path}/") for known in self._known)
 
     def _follow_root(self) -> None:
@@ -164,22 +181,17 @@ class Watcher(FileSystemEventHandler):
         self._root_identity = _identity(self._root)
         if self._root_identity is None:
             return
-        observer: BaseObserver = Observer()
         try:
-            self._begin(observer)
+            self._begin(Observer())
+            self._probe_limit()
         except OSError as error:
+            self._unobserve()
             if error.errno == errno.ENOENT:
                 self._root_identity = None
                 return
             if error.errno not in _LIMITS:
                 raise
-            logger.warning(
-                "The system allows no more file watches, so %s is looked through every %g s instead: raise "
-                "fs.inotify.max_user_watches and fs.inotify.max_user_instances.",
-                self._root,
-                _POLL_S,
-            )
-            self._begin(PollingObserverVFS(stat=os.stat, listdir=_list_without_junk, polling_interval=_POLL_S))
+            self._poll()
         self._known = set(Workspace(self._root).files()) if self._root.is_dir() else set()
 
     def _begin(self, observer: BaseObserver) -> None:
@@ -191,8 +203,26 @@ class Watcher(FileSystemEventHandler):
             raise
         self._observer = observer
 
+    def _probe_limit(self) -> None:
+        """Raise `OSError` if no further folder can be watched: watchdog silently leaves out what is beyond."""
+        if self._observer is None or self._polling:
+            return
+        with tempfile.TemporaryDirectory(prefix="lsp-agent-watch-") as folder:
+            self._observer.unschedule(self._observer.schedule(FileSystemEventHandler(), folder))
+
+    def _poll(self) -> None:
+        logger.warning(
+            "The system allows no more file watches, so %s is looked through every %g s instead: raise "
+            "fs.inotify.max_user_watches and fs.inotify.max_user_instances.",
+            self._root,
+            _POLL_S,
+        )
+        self._begin(PollingObserverVFS(stat=os.lstat, listdir=_list_without_junk, polling_interval=_POLL_S))
+        self._polling = True
+
     def _unobserve(self) -> None:
         observer, self._observer = self._observer, None
+        self._polling = False
         if observer is not None:
             observer.stop()
             observer.join()

@@ -402,7 +402,7 @@ def test_a_full_disk_at_any_step_changes_nothing(
 ) -> None:
     original = picture(root)
     failed_at_least_once = 0
-    for at in range(1, 200, 1 if what == "apply" else 2):
+    for at in range(1, 200, 1 if what == "apply" else 3):
         checkpoints = Checkpoints(root, tmp_path / f"state{at}")
         if what == "apply":
             checkpoints.begin("r1", Workspace(root))
@@ -435,7 +435,7 @@ def test_a_full_disk_at_any_step_changes_nothing(
         assert picture(root) == original, f"step {at}"
         if total < at:
             break
-    assert failed_at_least_once > 15
+    assert failed_at_least_once > 8
     assert total < at
 
 
@@ -445,7 +445,7 @@ def test_a_power_cut_at_any_step_recovers_to_all_or_nothing(
 ) -> None:
     original = picture(root)
     outcomes = set()
-    for at in range(1, 200, 1 if what == "apply" else 2):
+    for at in range(1, 200, 1 if what == "apply" else 3):
         checkpoints = Checkpoints(root, tmp_path / f"state{at}")
         monkeypatch.setattr(Checkpoints, "_mend_quietly", lambda self, record: None)
         if what == "apply":

@@ -166,7 +166,7 @@ def test_reset_sees_a_write_whose_times_were_put_back(root: Path) -> None:
 
 
 def test_folders_nested_beyond_the_longest_path_are_removed(root: Path) -> None:
-    nest = "import os\nfor _ in range(3000):\n    os.mkdir('d' * 9)\n    os.chdir('d' * 9)\n"
+    nest = "import os\nfor _ in range(1500):\n    os.mkdir('d' * 9)\n    os.chdir('d' * 9)\n"
     with ScratchTree(Workspace(root)) as tree:
         base = picture(tree.path)
         subprocess.run([sys.executable, "-c", nest], cwd=tree.path, check=True)

@@ -73,16 +73,29 @@ def test_tracked_files_belong_even_if_ignored_or_junk_and_deleted_ones_do_not(ro
 
 @pytest.mark.parametrize("in_git", [True, False])
 @pytest.mark.parametrize(
-    "name", ["with space.py", "ünï/çode.py", "new\nline.py", 'quo"te.py', "tab\t.py", "-n", "*.py"]
+    "name",
+    [
+        "with space.py",
+        "ünï/çode.py",
+        "new\nline.py",
+        'quo"te.py',
+        "tab\t.py",
+        "-n",
+        "*.py",
+        ":(top)x",
+        "#x",
+        "!x",
+        "x\\y",
+    ],
 )
 def test_weird_names(root: Path, in_git: bool, name: str) -> None:
-    write(root, {name: "1"})
+    write(root, {name: "1", ".gitignore": "ignored.py\n"})
     if in_git:
         git(root, "init", "-q")
     workspace = Workspace(root)
-    assert workspace.files() == [name]
+    assert set(workspace.files()) == {".gitignore", name}
     assert workspace.read(name) == b"1"
-    assert workspace.ignored([name]) == set()
+    assert workspace.ignored([name, "ignored.py"]) == {"ignored.py"}
 
 
 @pytest.mark.parametrize("in_git", [True, False])
@@ -191,7 +204,9 @@ def test_tracked_files_behind_a_folder_that_became_a_link_are_not_listed(root: P
     git(root, "add", ".")
     (root / "pkg").rename(root.parent / "moved")
     (root / "pkg").symlink_to(root.parent / "moved")
-    assert Workspace(root).files() == ["pkg"]
+    workspace = Workspace(root)
+    assert workspace.files() == ["pkg"]
+    assert workspace.ignored(["new.py", "pkg/a.py", "other.py"]) == {"pkg/a.py"}
 
 
 def test_unsaved_buffers_come_first_and_new_ones_belong(root: Path) -> None:

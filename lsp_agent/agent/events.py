@@ -88,11 +88,9 @@ class Finished:
     seconds: float
 
 
-Event = (
-    BaselineDone | ModelReady | TargetStarted | Trying | CandidateJudged | TargetSolved | Verifying | Finished
-)
+Event = BaselineDone | ModelReady | TargetStarted | Trying | CandidateJudged | TargetSolved | Verifying | Finished
 OnEvent = Callable[[Event], None]
 
 
-def ignore(event: Event) -> None:  # noqa: ARG001
+def ignore(event: Event) -> None:
     """Take an event and do nothing with it."""

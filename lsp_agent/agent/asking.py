@@ -1,0 +1,98 @@
+"""Calls of the model: each is a turn, counted, recorded and limited."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from lsp_agent.agent import events
+from lsp_agent.agent.budget import Budget, BudgetSpent
+from lsp_agent.agent.candidates import Ask
+from lsp_agent.agent.deadline import Deadline
+from lsp_agent.agent.naturalness import Surprise
+from lsp_agent.agent.prompts import FileTokens, Problem, View, score_text
+from lsp_agent.agent.trajectory import Trajectory
+from lsp_agent.cancel import CancelToken
+from lsp_agent.chat_model import ChatModel, Completion, Usage
+from lsp_agent.errors import Cancelled
+
+
+class Asking:
+    """The model of one run, behind its budget."""
+
+    def __init__(
+        self,
+        model: ChatModel,
+        budget: Budget,
+        trajectory: Trajectory,
+        on_event: events.OnEvent,
+        cancel: CancelToken,
+    ) -> None:
+        self.model = model
+        self._budget = budget
+        self._trajectory = trajectory
+        self._on_event = on_event
+        self._cancel = cancel
+        self._surprises: dict[str, Surprise] = {}
+        # Models without file separators get the test as plain code in front.
+        tokens = getattr(model, "file_tokens", None)
+        self.file_tokens = FileTokens(*tokens) if tokens else None
+
+    def ask(self, ask: Ask) -> list[str]:
+        """Answers to one ask. Raises `BudgetSpent` when a limit is reached, and `Cancelled`."""
+        budget = self._budget
+        budget.check()
+        budget.turns += 1
+        self._on_event(events.Trying(budget.turns, ask.stage, ask.where, budget.tokens, budget.seconds))
+        began = time.monotonic()
+        cancel = Deadline(self._cancel, budget.seconds_left)
+        sampling = ask.sampling
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=sampling.seed + budget.turns)  # the same place asked again differs
+        completions: list[Completion] = []
+        try:
+            if ask.messages:
+                completions = self.model.chat(ask.messages, sampling, cancel, ask.n)
+            else:
+                completions = self.model.infill(ask.prefix, ask.suffix, sampling, cancel, ask.n)
+        except Cancelled:
+            self._cancel.raise_if_cancelled()
+            raise BudgetSpent(f"the limit of {budget.limits.max_seconds:.0f} seconds was reached") from None
+        finally:
+            used = sum((c.usage for c in completions), Usage())
+            budget.usage += used
+            prompt = {"messages": ask.messages} if ask.messages else {"prefix": ask.prefix, "suffix": ask.suffix}
+            self._trajectory.write(
+                "ask",
+                {
+                    "turn": budget.turns,
+                    "stage": ask.stage,
+                    "where": ask.where,
+                    **prompt,
+                    "n": ask.n,
+                    "temperature": sampling.temperature,
+                    "seed": sampling.seed,
+                    "answers": [c.text for c in completions],
+                    "usage": vars(used),
+                    "seconds": round(time.monotonic() - began, 3),
+                },
+            )
+        return [c.text for c in completions]
+
+    def surprise(self, view: View, problem: Problem) -> Surprise | None:
+        """How surprising the model finds a region, given the failing test; None when there is no time to ask."""
+        text, offset = score_text(view, problem)
+        if text not in self._surprises:
+            began = time.monotonic()
+            try:
+                scores = self.model.score(text, Deadline(self._cancel, self._budget.seconds_left))
+            except Cancelled:
+                self._cancel.raise_if_cancelled()
+                return None
+            # A score reads the text once; nothing is written.
+            used = Usage(prompt_tokens=len(scores))
+            self._budget.usage += used
+            self._surprises[text] = Surprise.of(scores, offset - view.start)
+            seconds = round(time.monotonic() - began, 3)
+            self._trajectory.write("score", {"where": str(view.region), "usage": vars(used), "seconds": seconds})
+        return self._surprises[text]

@@ -1,0 +1,135 @@
+"""Runs the tests on candidates, in a scratch copy: the failing test first, its file next, the rest last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lsp_agent.cancel import CancelToken
+from lsp_agent.testing.results import TestRun
+from lsp_agent.testing.runner import Runner
+from lsp_agent.workspace.changes import FileChange
+from lsp_agent.workspace.scratch import ScratchTree
+
+SMALL_SUITE_S = 2.0
+"""A whole suite this fast is run at once: starting pytest is most of the cost."""
+LEAST_TIMEOUT_S = 2.5
+SLOWDOWN = 4.0
+"""How many times slower than the baseline a candidate's run may be before it counts as hanging."""
+
+Kind = Literal["passes", "fails", "further", "breaks others"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the tests say of a candidate."""
+
+    kind: Kind
+    seconds: float
+    tests_run: int
+    run: TestRun | None = None
+    """The full run, when it came to that."""
+    broken: tuple[str, ...] = ()
+    depth: int = 0
+    """Line of the test where it failed (0: not known); later is further."""
+
+
+class Judge:
+    """Compares candidates with the baseline. `scratch` belongs to it while it works."""
+
+    def __init__(
+        self, runner: Runner, scratch: ScratchTree, baseline: TestRun, timeout_s: float, cancel: CancelToken
+    ) -> None:
+        self.baseline = baseline
+        self._runner = runner
+        self._scratch = scratch
+        self._timeout_s = timeout_s
+        self._cancel = cancel
+        self._unknown_failing: set[str] = set()
+
+    def judge(self, changes: Sequence[FileChange], target: str, reference: TestRun) -> Verdict:
+        """Run what is needed to know whether `changes` make `target` pass and break nothing.
+
+        `reference` is the full run of the state the candidate starts from: what passes there must still pass.
+        """
+        began = time.monotonic()
+        self._scratch.reset()
+        self._scratch.apply(changes)
+        tests = 0
+        suite_s = self.baseline.seconds
+        small = self.baseline.complete and suite_s <= SMALL_SUITE_S
+        steps: list[tuple[str, ...]] = [()] if small else [(target,), (target.partition("::")[0],), ()]
+        run = reference
+        for step in dict.fromkeys(steps):
+            timeout = max(LEAST_TIMEOUT_S, SLOWDOWN * suite_s) if small or not step else self._step_timeout(target)
+            run = self._runner.run(
+                self._scratch.path,
+                step,
+                timeout_s=min(timeout, self._timeout_s),
+                cancel=self._cancel,
+                fail_fast=step == (target,),
+            )
+            tests += len(run.results)
+            elapsed = time.monotonic() - began
+            full = run if not step else None
+            if not passes(run, target):
+                depth = failing_line(run, target)
+                further = depth > failing_line(reference, target) > 0
+                return Verdict("further" if further else "fails", elapsed, tests, full, depth=depth)
+            broken = self.broken(reference, run, within=step)
+            if broken:
+                return Verdict("breaks others", elapsed, tests, full, broken)
+        return Verdict("passes", time.monotonic() - began, tests, run)
+
+    def broken(self, reference: TestRun, run: TestRun, within: tuple[str, ...] = ()) -> tuple[str, ...]:
+        """Tests that passed in `reference` and do not in `run`, and failing tests that nobody knew.
+
+        `within` limits it to the tests that were asked for. A run that was cut proves nothing, so all it lacks counts.
+        """
+        if within and "::" in within[0]:
+            return ()
+        asked = [n for n in reference.passing if not within or n.partition("::")[0] in within]
+        passing = set(run.passing)
+        lost = [n for n in asked if n not in passing]
+        opened = {n for n, r in reference.results.items() if r.bad and "::" not in n}
+        unknown = [
+            n
+            for n in run.failing
+            if n not in reference.results and n not in self._unknown_failing and n.partition("::")[0] not in opened
+        ]
+        if unknown and not reference.complete:
+            unknown = self._newly_failing(unknown)
+        return tuple(dict.fromkeys([*lost, *unknown]))
+
+    def _newly_failing(self, nodeids: Sequence[str]) -> list[str]:
+        """Of tests that a cut baseline never reached, those that pass on the unchanged tree."""
+        self._scratch.reset()
+        run = self._runner.run(self._scratch.path, nodeids, timeout_s=self._timeout_s, cancel=self._cancel)
+        good = set(run.passing)
+        self._unknown_failing |= {n for n in nodeids if n not in good}
+        return [n for n in nodeids if n in good]
+
+    def _step_timeout(self, target: str) -> float:
+        tests = self.baseline.results
+        alone = tests[target].seconds if target in tests else 0.0
+        start = max(0.0, self.baseline.seconds - sum(r.seconds for r in tests.values()))
+        return max(LEAST_TIMEOUT_S, SLOWDOWN * (start + alone)) + (
+            sum(r.seconds for n, r in tests.items() if n.partition("::")[0] == target.partition("::")[0]) * SLOWDOWN
+        )
+
+
+def passes(run: TestRun, target: str) -> bool:
+    """Whether `target` passed in `run`; a file that could not be collected passes once it holds a test that ran."""
+    if target in run.results or "::" in target:
+        return target in run.passing
+    return not run.error and any(n.startswith(f"{target}::") and not r.bad for n, r in run.results.items())
+
+
+def failing_line(run: TestRun, target: str) -> int:
+    """Line of the target's own file at which it failed; 0 when that is not known."""
+    result = run.results.get(target)
+    if result is None:
+        return 0
+    return next((f.line for f in reversed(result.frames) if f.path == result.path), 0)

@@ -1,0 +1,153 @@
+"""Streams, stops, batches, cancellation and the prefix cache, on a tiny model."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from tiny_checkpoint import MIXED
+
+from lsp_agent.cancel import CancelToken
+from lsp_agent.chat_model import Sampling
+from lsp_agent.engine.engine import Engine
+from lsp_agent.engine.generation import collect
+from lsp_agent.errors import Cancelled, UserError
+
+PROMPT = "def add(a, b):\n    return a + b\n"
+
+
+def greedy(engine, ids, tokens=16, **options):
+    sampling = Sampling(max_tokens=tokens, **options)
+    return list(engine.generate(ids, sampling, CancelToken(), stop_ids=()))
+
+
+def test_the_stream_joins_to_the_decoded_text(tiny_engine):
+    engine = tiny_engine()
+    steps = greedy(engine, engine.tokenizer.encode(PROMPT), 40)
+    assert "".join(step.text for step in steps) == engine.tokenizer.decode([step.token for step in steps])
+    assert [step.finish_reason for step in steps] == [None] * 39 + ["length"]
+
+
+def test_a_stop_token_ends_the_answer_without_text(tiny_engine):
+    engine = tiny_engine()
+    ids = engine.tokenizer.encode(PROMPT)
+    third = greedy(engine, ids)[2].token
+    steps = list(engine.generate(ids, Sampling(max_tokens=16), CancelToken(), stop_ids=[third]))
+    assert steps[-1].token == third and steps[-1].text == "" and steps[-1].finish_reason == "stop"
+    assert third not in [step.token for step in steps[:-1]]
+
+
+def test_a_stop_string_cuts_the_text_before_it(tiny_engine):
+    engine = tiny_engine()
+    ids = engine.tokenizer.encode(PROMPT)
+    whole = "".join(step.text for step in greedy(engine, ids, 40))
+    stop = whole[5:8]
+    steps = greedy(engine, ids, 40, stop=(stop,))
+    assert "".join(step.text for step in steps) == whole[: whole.index(stop)]
+    assert steps[-1].finish_reason == "stop" and len(steps) < 40
+
+
+def test_logprobs_are_the_scores_of_the_whole_text(tiny_engine):
+    engine = tiny_engine()
+    ids = engine.tokenizer.encode(PROMPT)
+    steps = greedy(engine, ids)
+    scores = engine.score(ids + [step.token for step in steps], CancelToken())
+    assert len(scores) == len(ids) + len(steps) - 1
+    np.testing.assert_allclose([step.logprob for step in steps], scores[len(ids) - 1 :], atol=1e-4)
+
+
+def test_scored_text_is_located(tiny_engine):
+    text = "def f(é):\n    return é\n"
+    scores = tiny_engine().score_text(text, CancelToken())
+    assert scores[-1].end == len(text) and all(score.logprob < 0 for score in scores)
+
+
+def test_the_same_seed_gives_the_same_answers_and_a_batch_equals_single_runs(tiny_engine):
+    engine = tiny_engine()
+    ids = engine.tokenizer.encode(PROMPT)
+    sampling = Sampling(max_tokens=12, temperature=1.0, seed=5)
+    batch, usage = collect(engine, ids, sampling, CancelToken(), n=3)
+    again, _ = collect(engine, ids, sampling, CancelToken(), n=3)
+    assert [answer.text for answer in batch] == [answer.text for answer in again]
+    single, _ = collect(engine, ids, sampling, CancelToken())
+    assert single[0].text == batch[0].text
+    assert len({answer.text for answer in batch}) == 3
+    assert usage.completion_tokens == sum(answer.usage.completion_tokens for answer in batch)
+
+
+def test_a_batch_goes_on_when_some_of_its_sequences_have_ended(tiny_engine):
+    engine = tiny_engine()
+    ids = engine.tokenizer.encode(PROMPT)
+    sampling = Sampling(max_tokens=30, temperature=1.0, seed=11)
+    free = {i: [] for i in range(4)}
+    for step in engine.generate(ids, sampling, CancelToken(), n=4, stop_ids=()):
+        free[step.index].append(step.token)
+    stop = free[1][3]  # ends sequence 1 at its fourth token at the latest; the others must not notice
+    stopped = {i: [] for i in range(4)}
+    for step in engine.generate(ids, sampling, CancelToken(), n=4, stop_ids=[stop]):
+        stopped[step.index].append(step.token)
+    assert len({len(tokens) for tokens in stopped.values()}) > 1
+    for index, tokens in free.items():
+        end = tokens.index(stop) + 1 if stop in tokens else len(tokens)
+        assert stopped[index] == tokens[:end]
+
+
+def test_a_shared_prefix_is_not_read_again_and_changes_nothing(tiny_engine, tiny_package):
+    engine = tiny_engine()
+    first = engine.tokenizer.encode(PROMPT * 3 + "x = 1\n")
+    second = engine.tokenizer.encode(PROMPT * 3 + "y = 22\n")
+    greedy(engine, first)
+    warm = engine.generate(second, Sampling(max_tokens=8), CancelToken(), stop_ids=())
+    tokens = [step.token for step in warm]
+    assert warm.timings.cached_tokens >= len(engine.tokenizer.encode(PROMPT * 3)) - 1
+    fresh = Engine.load(tiny_package(MIXED), threads=1, accuracy="exact")
+    cold = fresh.generate(second, Sampling(max_tokens=8), CancelToken(), stop_ids=())
+    assert [step.token for step in cold] == tokens
+    assert cold.timings.cached_tokens == 0
+
+
+def test_an_older_prompt_survives_a_few_others(tiny_package):
+    engine = Engine.load(tiny_package(MIXED), threads=1, accuracy="exact")
+    prompts = [list(range(i, i + 90)) for i in range(0, 80, 20)]
+    for ids in prompts:
+        greedy(engine, ids, 4)
+    for ids in prompts:
+        generation = engine.generate(ids, Sampling(max_tokens=1), CancelToken())
+        list(generation)
+        assert generation.timings.cached_tokens == len(ids) - 1
+
+
+def test_cancelling_between_steps(tiny_engine):
+    engine = tiny_engine()
+    cancel = CancelToken()
+    generation = engine.generate(engine.tokenizer.encode(PROMPT), Sampling(max_tokens=100), cancel, stop_ids=())
+    next(generation)
+    cancel.cancel()
+    with pytest.raises(Cancelled):
+        next(generation)
+
+
+def test_cancelling_during_prefill_leaves_a_usable_engine(tiny_engine):
+    engine = tiny_engine()
+    expected = [step.token for step in greedy(engine, [5] * 400, 4)]
+    for delay in (0.0, 0.002, 0.01):
+        engine._prefixes.empty()
+        cancel = CancelToken()
+        threading.Timer(delay, cancel.cancel).start()
+        started = time.monotonic()
+        with pytest.raises(Cancelled):
+            for _ in range(1000):
+                list(engine.generate([6] * 400, Sampling(max_tokens=4), cancel, stop_ids=()))
+                engine._prefixes.empty()
+        assert time.monotonic() - started < 2
+    assert [step.token for step in greedy(engine, [5] * 400, 4)] == expected
+
+
+def test_prompts_that_do_not_fit_are_refused_and_answers_end_at_the_context(tiny_package):
+    engine = Engine.load(tiny_package(MIXED), threads=1, context=64)
+    with pytest.raises(UserError, match="context holds 64"):
+        engine.generate([1] * 64, Sampling(), CancelToken())
+    with pytest.raises(UserError, match="empty"):
+        engine.generate([], Sampling(), CancelToken())
+    steps = list(engine.generate([1] * 60, Sampling(max_tokens=50), CancelToken(), stop_ids=()))
+    assert len(steps) == 4 and steps[-1].finish_reason == "length"

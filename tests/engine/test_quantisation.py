@@ -1,0 +1,34 @@
+"""Every supported GGUF type is carried without loss."""
+
+import numpy as np
+import pytest
+from gguf import quants
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_checkpoint import QUANTISED, random_blocks
+
+from lsp_agent.engine.quantisation import CARRIERS, quantise_8bit, reblock
+
+
+@pytest.mark.parametrize("kind", QUANTISED, ids=lambda kind: kind.name)
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 5), super_blocks=st.integers(1, 3))
+def test_reblocking_equals_gguf_s_dequantisation(kind, seed, rows, super_blocks):
+    raw = random_blocks(kind, rows, 256 * super_blocks, np.random.RandomState(seed))
+    expected = quants.dequantize(raw, kind)
+    carried = reblock(raw, kind)
+    np.testing.assert_allclose(carried.dequantise(), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    assert carried.codes.shape[1] * carried.format.block == 256 * super_blocks
+    assert (carried.corrections is not None) == carried.format.corrected
+
+
+def test_every_quantised_type_is_tested():
+    assert set(QUANTISED) == set(CARRIERS)
+
+
+def test_8_bit_rounding_is_within_half_a_step():
+    values = np.random.default_rng(0).standard_normal((4, 256)).astype(np.float32)
+    values[0, :64] = 0
+    blocks = quantise_8bit(values, 64)
+    error = np.abs(blocks.dequantise() - values).reshape(4, 4, 64)
+    assert (error <= blocks.scales[..., None] * 0.5 * 1.0001).all()

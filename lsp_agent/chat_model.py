@@ -91,6 +91,10 @@ class ChatModel(Protocol):
     def context_length(self) -> int:
         """Most tokens of prompt and answer together."""
 
+    @property
+    def file_tokens(self) -> tuple[str, str] | None:
+        """Special tokens in front of a repository's name and of each file's path; None: the model has none."""
+
     def chat(
         self, messages: Sequence[Message], sampling: Sampling, cancel: CancelToken, n: int = 1
     ) -> list[Completion]:

@@ -35,8 +35,7 @@ class Asking:
         self._cancel = cancel
         self._surprises: dict[str, Surprise] = {}
         # Models without file separators get the test as plain code in front.
-        tokens = getattr(model, "file_tokens", None)
-        self.file_tokens = FileTokens(*tokens) if tokens else None
+        self.file_tokens = FileTokens(*model.file_tokens) if model.file_tokens else None
 
     def ask(self, ask: Ask) -> list[str]:
         """Answers to one ask. Raises `BudgetSpent` when a limit is reached, and `Cancelled`."""

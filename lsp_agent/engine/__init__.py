@@ -30,6 +30,8 @@ def open_model(name: str | None = None, cancel: CancelToken | None = None, *, th
     from lsp_agent.engine.store import resolve
 
     installed = resolve(name)
+    fim = installed.manifest.fim
+    separators = (fim.repo_name, fim.file_sep) if fim and fim.repo_name and fim.file_sep else None
     return EngineModel(
         installed.name,
         installed.path,
@@ -37,4 +39,5 @@ def open_model(name: str | None = None, cancel: CancelToken | None = None, *, th
         context_length=min(installed.manifest.context_length, MAX_CONTEXT),
         threads=threads,
         cancel=cancel,
+        file_tokens=separators,
     )

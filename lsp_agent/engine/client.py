@@ -109,8 +109,10 @@ class EngineModel:
         context_length: int,
         threads: int | None = None,
         cancel: CancelToken | None = None,
+        file_tokens: tuple[str, str] | None = None,
     ) -> None:
         self.name = name
+        self.file_tokens = file_tokens
         self.tier: Tier = tier
         self.context_length = context_length
         self._package = package

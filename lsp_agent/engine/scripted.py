@@ -27,6 +27,7 @@ class ScriptedModel:
             raise UserError(f"The model script {path} cannot be read: {error}.") from error
         self.name = f"scripted:{path}"
         self.tier: Tier = script.get("tier", "small")
+        self.file_tokens: tuple[str, str] | None = None
         self.context_length: int = script.get("context_length", 32768)
         self._rules = script.get("rules", [])
         self._asked = [0] * len(self._rules)

@@ -19,6 +19,7 @@ class Borrowed:
 
     def __init__(self, model: ChatModel) -> None:
         self._model = model
+        self.file_tokens: tuple[str, str] | None = getattr(model, "file_tokens", None)
 
     @property
     def name(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from lsp_agent.errors import UserError
 from lsp_agent.lsp.diagnostics import short_name
 from lsp_agent.lsp.folder import Folder
-from lsp_agent.lsp.jobs import Job, Work
+from lsp_agent.lsp.jobs import Ending, Job, Work
 
 # The parts that do the work are imported in the job's thread: the event loop must not wait for them.
 
@@ -27,7 +27,7 @@ def make_green(folder: Folder, _arguments: Mapping[str, Any]) -> None:
     _start(folder, "Make all tests green", lambda job: _fix(folder, job, ()))
 
 
-def _fix(folder: Folder, job: Job, nodeids: tuple[str, ...]) -> str:
+def _fix(folder: Folder, job: Job, nodeids: tuple[str, ...]) -> Ending:
     from lsp_agent.lsp.fix_job import run_fix
 
     return run_fix(folder, job, nodeids)
@@ -37,7 +37,7 @@ def run_tests(folder: Folder, arguments: Mapping[str, Any]) -> None:
     """Run all tests, or the given ones."""
     nodeids = _nodeids(arguments)
 
-    def work(job: Job) -> str:
+    def work(job: Job) -> Ending:
         from lsp_agent.lsp.tests_job import run_tests
 
         return run_tests(folder, job, nodeids)
@@ -48,7 +48,7 @@ def run_tests(folder: Folder, arguments: Mapping[str, Any]) -> None:
 def undo(folder: Folder, _arguments: Mapping[str, Any]) -> None:
     """Restore the state before the last run."""
 
-    def work(job: Job) -> str:
+    def work(job: Job) -> Ending:
         from lsp_agent.lsp.undo_job import run_undo
 
         return run_undo(folder, job)

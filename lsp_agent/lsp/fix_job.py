@@ -19,7 +19,7 @@ from lsp_agent.lsp.diagnostics import short_name
 from lsp_agent.lsp.documents import Document
 from lsp_agent.lsp.edits import Stale, apply_run
 from lsp_agent.lsp.folder import Folder
-from lsp_agent.lsp.jobs import Job
+from lsp_agent.lsp.jobs import Ending, Job
 from lsp_agent.lsp.report import show_diff
 from lsp_agent.testing.pytest_runner import PytestRunner
 from lsp_agent.testing.results import TestRun
@@ -63,7 +63,7 @@ class RecordingRunner:
         return self._runner.is_protected(path)
 
 
-def run_fix(folder: Folder, job: Job, nodeids: tuple[str, ...]) -> str:
+def run_fix(folder: Folder, job: Job, nodeids: tuple[str, ...]) -> Ending:
     """Fix `nodeids`, or all failing tests. Raises `UserError` and `Cancelled`; then nothing was changed."""
     settings = folder.settings
     documents = folder.open_documents()
@@ -79,7 +79,7 @@ def run_fix(folder: Folder, job: Job, nodeids: tuple[str, ...]) -> str:
     digest = workspace.digest()
     result = fix(request, workspace, runner, folder.models.open, watcher, job.cancel)
     if result.status != "green":
-        return _report_without_change(folder, result)
+        return _without_change(folder, result)
     run_id, changes = _apply(folder, job, runner, digest, result)
     folder.fixed_by[run_id] = result.fixed
     folder.check_undo()
@@ -87,9 +87,7 @@ def run_fix(folder: Folder, job: Job, nodeids: tuple[str, ...]) -> str:
     now = folder.open_documents()
     if last is not None:
         folder.update(lambda results: results.after(last, now))
-    ending = _evidence(result, last, job) + _unsaved(changes, now)
-    folder.editor.show(ending)
-    return ending
+    return Ending(_evidence(result, last, job) + _unsaved(changes, now))
 
 
 def _apply(
@@ -227,24 +225,18 @@ def _unsaved(changes: Sequence[FileChange], documents: Mapping[str, Document]) -
     return f" Save {', '.join(names)} to keep it." if names else ""
 
 
-def _report_without_change(folder: Folder, result: FixResult) -> str:
+def _without_change(folder: Folder, result: FixResult) -> Ending:
     if result.status == "nothing_failing":
-        ending = "Nothing to fix: the tests pass."
-        folder.editor.show(ending)
-    elif result.status == "flaky":
-        ending = f"{_names(result.flaky)} failed once and passed on the same code: flaky, so nothing was changed."
-        folder.editor.show(ending, types.MessageType.Warning)
-    else:
-        best = f" The best attempt makes {_names(result.fixed)} pass; its diff is shown." if result.fixed else ""
-        turns = f"{result.turns} turn{'' if result.turns == 1 else 's'}"
-        ending = (
-            f"Not green after {turns} in {result.seconds:.1f} s, so your files are untouched. "
-            f"{result.reason}{best}".strip()
-        )
-        folder.editor.show(ending, types.MessageType.Warning)
-        if result.best:
-            show_diff(folder, result.diff)
-    return ending
+        return Ending("Nothing to fix: the tests pass.")
+    if result.status == "flaky":
+        text = f"{_names(result.flaky)} failed once and passed on the same code: flaky, so nothing was changed."
+        return Ending(text, types.MessageType.Warning)
+    if result.best:
+        show_diff(folder, result.diff)
+    turns = f"{result.turns} turn{'' if result.turns == 1 else 's'}"
+    best = f" The best attempt makes {_names(result.fixed)} pass; its diff is shown." if result.fixed else ""
+    text = f"Not green after {turns} in {result.seconds:.1f} s, so your files are untouched. {result.reason}{best}"
+    return Ending(text.strip(), types.MessageType.Warning)
 
 
 def _names(nodeids: Sequence[str]) -> str:

@@ -41,8 +41,17 @@ class Job:
         return time.monotonic() - self.started
 
 
-Work = Callable[[Job], str]
-"""Does the job and returns the sentence that ends its progress."""
+@dataclass(frozen=True)
+class Ending:
+    """How a job ended: what the user is told, and what is to run in the background after it."""
+
+    text: str
+    kind: types.MessageType = types.MessageType.Info
+    then: tuple[str, Work] | None = None
+    """Title and work."""
+
+
+Work = Callable[[Job], Ending]
 
 
 class JobSlot:
@@ -96,7 +105,6 @@ class JobSlot:
         return job.thread if job is not None else None
 
     def _run(self, job: Job, work: Work, former: Job | None) -> None:
-        ending = "stopped"
         try:
             if former is not None and former.thread is not None:
                 former.thread.join()
@@ -104,27 +112,25 @@ class JobSlot:
             job.progress.begin()
             ending = work(job)
         except Cancelled:
-            self._say(job, f"{job.title}: stopped after {job.seconds:.1f} s. {_state(job)}")
+            ending = Ending(f"{job.title}: stopped after {job.seconds:.1f} s. {_state(job)}")
         except UserError as error:
-            ending = "failed"
-            self._say(job, f"{job.title}: {error}", types.MessageType.Error)
+            ending = Ending(f"{job.title}: {error}", types.MessageType.Error)
         except Exception as error:
             # A fault of ours. The traceback holds lines of our code only, never of the user's.
             log.exception("The job %r failed", job.title)
-            ending = "failed"
             text = f"{job.title} ended with an internal error ({type(error).__name__}). {_state(job)}"
-            self._say(job, text, types.MessageType.Error)
-        finally:
-            with self._lock:
-                if self._current is job:
-                    self._current = None
-            job.progress.end(ending)
-
-    def _say(self, job: Job, text: str, kind: types.MessageType = types.MessageType.Info) -> None:
+            ending = Ending(text, types.MessageType.Error)
+        # The place is free before anybody hears of the end, so that the next job can be started at once.
+        with self._lock:
+            if self._current is job:
+                self._current = None
+        job.progress.end(ending.text)
         if job.background:
-            self._editor.log(text, kind)
+            self._editor.log(f"{job.title}: {ending.text}", ending.kind)
         else:
-            self._editor.show(text, kind)
+            self._editor.show(ending.text, ending.kind)
+        if ending.then is not None:
+            self.start(*ending.then, background=True)
 
 
 def _state(job: Job) -> str:

@@ -10,25 +10,23 @@ from lsp_agent.cancel import CancelToken
 from lsp_agent.errors import UserError
 from lsp_agent.lsp.diagnostics import short_name
 from lsp_agent.lsp.folder import Folder
-from lsp_agent.lsp.jobs import Job
+from lsp_agent.lsp.jobs import Ending, Job
 from lsp_agent.testing.results import TestRun
 from lsp_agent.workspace.scratch import ScratchTree
 
 NAMES_SHOWN = 3
 
 
-def run_tests(folder: Folder, job: Job, nodeids: Sequence[str] = ()) -> str:
+def run_tests(folder: Folder, job: Job, nodeids: Sequence[str] = ()) -> Ending:
     """Run all tests or `nodeids`, show the failing ones, and say how many. Raises `UserError` and `Cancelled`."""
     job.progress.report("running the tests")
     run = refresh(folder, job.cancel, nodeids)
     if run.error:
         raise UserError(run.error)
-    ending = summary(run)
-    folder.editor.show(ending, types.MessageType.Warning if run.failing else types.MessageType.Info)
-    return ending
+    return Ending(summary(run), types.MessageType.Warning if run.failing else types.MessageType.Info)
 
 
-def run_again(folder: Folder, job: Job, nodeids: Sequence[str] = ()) -> str:
+def run_again(folder: Folder, job: Job, nodeids: Sequence[str] = ()) -> Ending:
     """Run tests again because files changed; those that cannot be run any more are forgotten."""
     try:
         run = refresh(folder, job.cancel, nodeids)
@@ -38,8 +36,8 @@ def run_again(folder: Folder, job: Job, nodeids: Sequence[str] = ()) -> str:
     if problem:
         gone = set(nodeids or folder.results.failing)
         folder.update(lambda results: results.without(gone))
-        return f"forgotten, because they cannot be run: {problem}"
-    return summary(run)
+        return Ending(f"forgotten, because they cannot be run: {problem}")
+    return Ending(summary(run))
 
 
 def refresh(folder: Folder, cancel: CancelToken, nodeids: Sequence[str] = ()) -> TestRun:

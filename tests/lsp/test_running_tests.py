@@ -52,7 +52,7 @@ def test_progress_begins_reports_and_ends(project: Path) -> None:
         editor.run("lspAgent.runTests")
         editor.ended()
         (values,) = editor.progress.values()
-        assert [value["kind"] for value in values][0] == "begin"
+        assert values[0]["kind"] == "begin"
         assert values[0]["cancellable"]
         assert values[-1]["kind"] == "end"
         assert "1 of 2 tests failed" in values[-1]["message"]
@@ -249,9 +249,8 @@ def test_positions_use_the_negotiated_encoding(project: Path, encoding: str) -> 
         assert editor.server["capabilities"]["positionEncoding"] == encoding
         editor.run("lspAgent.runTests")
         editor.wait(lambda: len(marked(editor, "test_emoji.py")) == 2)
-        (span,) = [
-            d["range"] for d in editor.diagnostics[editor.uri("test_emoji.py")] if d["range"]["start"]["line"] == 1
-        ]
+        spans = [d["range"] for d in editor.diagnostics[editor.uri("test_emoji.py")]]
+        (span,) = [span for span in spans if span["start"]["line"] == 1]
         line = "    assert '😀😀' == 'ä'"
         assert span["end"] == editor.position(line, len(line)) | {"line": 1}
 

@@ -99,6 +99,10 @@ class PrefixCache:
         self._touch(cache)
         return cache
 
+    def clear(self) -> None:
+        """Forget every prompt and free its memory."""
+        self._caches.clear()
+
     def _touch(self, cache: KvCache) -> None:
         if cache in self._caches:
             self._caches.remove(cache)

@@ -9,10 +9,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
 
-from tiny_checkpoint import MIXED, Type, write_checkpoint  # noqa: E402
+from tiny_checkpoint import MIXED, Type, write_checkpoint
 
-from lsp_agent.engine.engine import Engine  # noqa: E402
-from lsp_agent.engine.importing import import_checkpoint  # noqa: E402
+from lsp_agent.engine.engine import Engine
+from lsp_agent.engine.importing import import_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ def test_importing_again_replaces_the_package(checkpoint, tmp_path):
 def test_a_truncated_file(checkpoint, tmp_path, share):
     data = checkpoint.read_bytes()
     checkpoint.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(UserError, match="damaged|lacks|not a GGUF"):
+    with pytest.raises(UserError, match=r"damaged|lacks|not a GGUF"):
         import_checkpoint(checkpoint, tmp_path / "p")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
 

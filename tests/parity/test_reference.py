@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prompts import CHATS, GAPS, PLAIN
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.importing import import_checkpoint
-from prompts import CHATS, GAPS, PLAIN
 
 pytestmark = [pytest.mark.parity, pytest.mark.timeout(7200)]
 TOKENS = 64

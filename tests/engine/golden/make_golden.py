@@ -8,7 +8,16 @@ import numpy as np
 import torch
 from gguf import quants
 from tiny_checkpoint import (
-    CONTEXT, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, LAYERS, MIXED, QUANTISED, Type, tensors,
+    CONTEXT,
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    KV_HEADS,
+    LAYERS,
+    MIXED,
+    QUANTISED,
+    Type,
+    tensors,
 )  # fmt: skip
 from transformers import Qwen2Config, Qwen2ForCausalLM
 

@@ -80,7 +80,10 @@ class Asking:
 
     def surprise(self, view: View, problem: Problem) -> Surprise | None:
         """How surprising the model finds a region, given the failing test; None when there is no time to ask."""
-        text, offset = score_text(view, problem)
+        scored = score_text(view, problem)
+        if scored is None:
+            return None
+        text, offset = scored
         if text not in self._surprises:
             began = time.monotonic()
             try:
@@ -91,7 +94,7 @@ class Asking:
             # A score reads the text once; nothing is written.
             used = Usage(prompt_tokens=len(scores))
             self._budget.usage += used
-            self._surprises[text] = Surprise.of(scores, offset - view.start)
+            self._surprises[text] = Surprise.of(scores, offset)
             seconds = round(time.monotonic() - began, 3)
             self._trajectory.write("score", {"where": str(view.region), "usage": vars(used), "seconds": seconds})
         return self._surprises[text]

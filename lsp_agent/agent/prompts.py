@@ -20,6 +20,10 @@ WHOLE_FILE_LINES = 60
 """A file up to this long is shown whole; of a longer one, imports, what the function uses, and the function."""
 TEST_LINES = 40
 NEIGHBOUR_LINES = 40
+PREFIX_CHARACTERS = 5000
+SUFFIX_CHARACTERS = 2500
+SCORED_CHARACTERS = 8000
+"""A region longer than this is not scored: reading it would cost more than the ranking gains."""
 CUT = "# ... (cut)"
 
 
@@ -54,14 +58,23 @@ class View:
     """Offsets of the region in the file's text."""
     end: int
     tail: str
+    whole: bool = True
+    """Whether head, region and tail are the whole file."""
 
     def prefix(self, at: int) -> str:
-        """Everything shown before an offset of the region."""
-        return self.head + self.source.text[self.start : at]
+        """What is shown before an offset of the region: of a long one, the lines nearest to it."""
+        before = self.source.text[self.start : at]
+        if len(before) <= PREFIX_CHARACTERS:
+            return self.head + before
+        cut = before.find("\n", len(before) - PREFIX_CHARACTERS) + 1
+        return f"{self.head}{CUT}\n{before[cut:]}"
 
     def suffix(self, at: int) -> str:
-        """Everything shown after an offset of the region."""
-        return self.source.text[at : self.end] + self.tail
+        """What is shown after an offset of the region: of a long one, the lines nearest to it."""
+        after = self.source.text[at : self.end]
+        if len(after) <= SUFFIX_CHARACTERS:
+            return after + self.tail
+        return f"{after[: after.rfind(chr(10), 0, SUFFIX_CHARACTERS) + 1]}{CUT}\n"
 
     @property
     def code(self) -> str:
@@ -104,7 +117,7 @@ def view(source: Source, region: Region) -> View:
     start, end = starts[region.start - 1], min(starts[region.end] - 1, len(source.text))
     if len(lines) <= WHOLE_FILE_LINES:
         return View(source, region, source.text[:start], start, end, source.text[end:])
-    return View(source, region, _head(source, region, lines), start, end, "\n")
+    return View(source, region, _head(source, region, lines), start, end, "\n", whole=False)
 
 
 def infill(
@@ -134,10 +147,18 @@ def wrong_hint(span: Span, text: str) -> str:
     return f"FIXME: `{' '.join(span.of(text).split())[:100]}` is wrong here"
 
 
-def score_text(view: View, problem: Problem | None) -> tuple[str, int]:
-    """A text to score and the offset in it where the region begins."""
-    before = context(view.source.path, problem, None) + view.head
-    return before + view.code, len(before)
+def score_text(view: View, problem: Problem | None) -> tuple[str, int] | None:
+    """A text to score and the offset in it of the file's first character; None when it is too long.
+
+    Regions of a file that is shown whole share one text, so that it is read once.
+    """
+    before = context(view.source.path, problem, None)
+    if view.whole:
+        text, offset = view.source.text, len(before)
+    else:
+        before += view.head
+        text, offset = view.code, len(before) - view.start
+    return (before + text, offset) if len(text) <= SCORED_CHARACTERS else None
 
 
 def rewrite(view: View, problem: Problem, *, diagnose: bool) -> list[Message]:

@@ -74,7 +74,7 @@ def fix(
             click.echo(f"lsp-agent: {message}", err=True)
         limits = Limits(max_turns, max_seconds, max_tokens)
         request = FixRequest(tests, model, limits, seed, test_timeout)
-        with _interruptible(cancel), progress:
+        with interruptible(cancel), progress:
             result = run_fix(request, workspace, PytestRunner(workspace.root), open_model, progress.on_event, cancel)
             applied = None
             if result.status == "green" and not dry_run:
@@ -181,7 +181,7 @@ class Progress:
 
 
 @contextmanager
-def _interruptible(cancel: CancelToken) -> Iterator[None]:
+def interruptible(cancel: CancelToken) -> Iterator[None]:
     """Ctrl-C and SIGTERM cancel; a second one ends at once."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -109,6 +109,12 @@ def test_broken_json_is_reported_and_the_next_call_still_read() -> None:
     assert "not valid JSON" in answer.calls[0].error_text
 
 
+def test_doubled_braces_are_an_error_and_no_crash() -> None:
+    broken = CALL.replace('{"path"', '{{"path"')
+    answer = parse(f"{broken}\n{CALL}")
+    assert [[error.problem for error in call.errors] for call in answer.calls] == [[Problem.MALFORMED], []]
+
+
 def test_an_unescaped_quote_does_not_swallow_the_next_call() -> None:
     broken = CALL.replace("a.py", 'say "hi')
     answer = parse(f"{broken}\n{CALL}")

@@ -70,6 +70,8 @@ def test_text_becomes_the_schemas_type(kind: str | list[str], text: str, value: 
         ("object", "[]"),
         ("object", "{1: 2}"),
         ("object", "{1, 2}"),
+        ("object", "{{'a': 1}}"),
+        ("object", "{[]: 1}"),
         ("object", "a: 1"),
     ],
 )

@@ -192,7 +192,7 @@ def _decode(text: str, still_open: list[str]) -> tuple[dict[str, Any], list[Repa
     ):
         try:
             call = decode(body)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except ValueError:
             continue
         if isinstance(call, dict):
             return call, [] if decode is decode_json else [Repair.LENIENT_JSON]
@@ -202,7 +202,7 @@ def _decode(text: str, still_open: list[str]) -> tuple[dict[str, Any], list[Repa
 def _decoded_object(text: str) -> Any:
     try:
         return decode_lenient(text) if text.strip() else {}
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    except ValueError:
         return None
 
 

@@ -119,7 +119,7 @@ def _arguments(arguments: Any) -> dict[str, Any] | None:
     if isinstance(arguments, str):
         try:
             arguments = decode_json(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
+        except ValueError:
             return None
     if arguments is None:
         return {}

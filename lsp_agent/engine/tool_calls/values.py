@@ -43,7 +43,7 @@ def from_text(text: str, schema: Mapping[str, Any], root: Mapping[str, Any]) -> 
     for kind, allowed in sorted(alternatives, key=lambda alternative: _ORDER.index(alternative[0])):
         try:
             value = text if kind in ("string", "any") else _READERS[kind](text.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except ValueError:
             continue
         if allowed is None or _among(value, allowed):
             return value
@@ -67,23 +67,30 @@ def from_json(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any]) ->
 def decode_json(text: str) -> Any:
     """Decode JSON as models write it: raw line breaks in strings are allowed, NaN and infinities are not.
 
-    Halves of surrogate pairs become U+FFFD, since no tokenizer or socket takes them. Raises ValueError or
-    RecursionError.
+    Halves of surrogate pairs become U+FFFD, since no tokenizer or socket takes them. Raises ValueError and nothing
+    else.
     """
-    return _clean(json.loads(text, strict=False, parse_constant=_refuse))
+    try:
+        return _clean(json.loads(text, strict=False, parse_constant=_refuse))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def decode_lenient(text: str) -> Any:
     """Decode JSON, or else a Python literal made of the same types (single quotes, `True`, `None`).
 
-    Raises ValueError, SyntaxError, RecursionError or MemoryError.
+    Raises ValueError and nothing else.
     """
     try:
         return decode_json(text)
     except ValueError:
         if len(text) > MAX_LITERAL_CHARS:
             raise
+    try:
         return _clean(ast.literal_eval(text))
+    except (SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        # TypeError: a set of dictionaries, which is what `{{…}}` is to Python.
+        raise ValueError("neither JSON nor a Python literal") from error
 
 
 def _refuse(constant: str) -> Any:

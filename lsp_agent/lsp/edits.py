@@ -19,6 +19,7 @@ from lsp_agent.lsp.documents import Document, TextFormat, content_of, read_bytes
 from lsp_agent.lsp.folder import Folder
 from lsp_agent.workspace.changes import FileChange
 from lsp_agent.workspace.merge import ConflictError, merge
+from lsp_agent.workspace.transaction import FileChangedError
 
 SETTLE_S = 3.0
 """How long an editor may take, after it says it applied an edit, to send the document's new text."""
@@ -158,7 +159,11 @@ def apply_run(folder: Folder, run_id: str, changes: Sequence[FileChange], label:
     by_editor = [plan.change.path for plan in plans]
     checkpoints = folder.checkpoints
     checkpoints.begin(run_id, folder.workspace(documents))
-    checkpoints.apply(run_id, changes, skip=by_editor)
+    try:
+        checkpoints.apply(run_id, changes, skip=by_editor)
+    except FileChangedError:
+        checkpoints.complete(run_id)
+        raise Stale from None
     if not plans:
         return
     reason = edit_documents(folder, plans, label)

@@ -63,16 +63,16 @@ class Folder:
         from lsp_agent.config import load_settings  # pydantic takes a while to import; not before `initialize` answers
 
         with self._lock:
-            if self._settings is None:
-                self._settings = load_settings(self.root, self._options)
-            return self._settings
+            settings = self._settings
+            if settings is None:
+                settings = self._settings = load_settings(self.root, self._options)
+            return settings
 
     def reload_settings(self, options: Mapping[str, Any] | None = None) -> None:
         """Forget the settings, so that the next job reads them again; with `options` in place of the editor's."""
-        with self._lock:
-            self._settings = None
-            if options is not None:
-                self._options = options
+        if options is not None:
+            self._options = options
+        self._settings = None  # without the lock, which may be held for a while: the event loop calls this
 
     def model_problem(self) -> str | None:
         """Why no model can be opened here, from what is known without waiting."""

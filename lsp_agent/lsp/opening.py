@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 
 import psutil
 from lsprotocol import types
@@ -12,6 +13,7 @@ from lsp_agent.errors import UserError
 from lsp_agent.lsp.documents import unsaved
 from lsp_agent.lsp.folder import Folder
 from lsp_agent.lsp.watch import Watch
+from lsp_agent.workspace.checkpoints import RunInfo
 
 log = logging.getLogger(__name__)
 
@@ -21,48 +23,56 @@ _OUR_RUN = re.compile(r"\d{8}T\d{6}-lsp-(\d+)-[0-9a-f]{8}")
 
 
 def open_folder(folder: Folder, watch: Watch) -> None:
-    """Recover from crashes, read the settings, look for the model and begin to watch; runs in a thread of its own."""
+    """Recover from crashes, begin to watch, read the settings, look for the model; runs in a thread of its own."""
+    for step in (_recover, lambda _: watch.start(), _look_for_model):
+        _attempt(folder, step)
+    if not watch.wait_closed(DOCUMENTS_WAIT_S):
+        _attempt(folder, finish_interrupted)
+
+
+def _attempt(folder: Folder, step: Callable[[Folder], None]) -> None:
+    """One step; what goes wrong with it is shown and does not keep the others from being taken."""
     try:
-        for sentence in folder.checkpoints.recover():
-            folder.editor.show(sentence, types.MessageType.Warning)
-        folder.models.check(folder.settings.model)
-        folder.check_undo()
-        watch.start()
-        if watch.wait_closed(DOCUMENTS_WAIT_S):
-            return
-        for sentence in finish_interrupted(folder):
-            folder.editor.show(sentence, types.MessageType.Warning)
+        step(folder)
     except UserError as error:
         folder.editor.show(str(error), types.MessageType.Error)
     except OSError as error:
-        log.exception("The folder could not be opened")
-        folder.editor.show(f"Files of {folder.root.name} are not watched: {error.strerror}.", types.MessageType.Error)
+        log.exception("A step of opening the folder failed")
+        folder.editor.show(f"{folder.root.name} is not fully served: {error.strerror}.", types.MessageType.Error)
 
 
-def finish_interrupted(folder: Folder) -> list[str]:
-    """Settle runs whose server died while the editor applied its part; one sentence for each.
+def _recover(folder: Folder) -> None:
+    for sentence in folder.checkpoints.recover():
+        folder.editor.show(sentence, types.MessageType.Warning)
+    folder.check_undo()
+
+
+def _look_for_model(folder: Folder) -> None:
+    folder.models.check(folder.settings.model)
+    # Imported now, so that the first job need not wait for it.
+    import lsp_agent.lsp.fix_job  # noqa: F401
+
+
+def finish_interrupted(folder: Folder) -> None:
+    """Settle runs whose server died while the editor applied its part.
 
     Where the editor has the whole change, the run counts as applied; where it has none, the rest is taken back.
     """
-    sentences = []
     for run in folder.checkpoints.runs():
         match = _OUR_RUN.fullmatch(run.id)
-        if run.status != "awaiting_editor" or match is None or psutil.pid_exists(int(match[1])):
-            continue
-        overlay = unsaved(folder.open_documents())
-        planned = {change.path for change in folder.checkpoints.plan_undo(run.id, overlay=overlay)}
-        if planned == set(run.files):
-            folder.checkpoints.mark_applied_by_editor(run.id)
-            sentences.append("A crash interrupted a run after its edit was applied; it can be undone.")
-        else:
-            open_here = [path for path in planned if path in folder.open_documents()]
-            if open_here:
-                sentences.append(
-                    "A crash interrupted a run while its edit was applied in part: choose “Undo the last run” to take "
-                    "it back."
-                )
-                continue
-            folder.checkpoints.undo(run.id, overlay=overlay)
-            sentences.append("A crash interrupted a run before your editor applied it: it was taken back.")
+        if run.status == "awaiting_editor" and match is not None and not psutil.pid_exists(int(match[1])):
+            folder.editor.show(_finish(folder, run), types.MessageType.Warning)
     folder.check_undo()
-    return sentences
+
+
+def _finish(folder: Folder, run: RunInfo) -> str:
+    documents = folder.open_documents()
+    overlay = unsaved(documents)
+    there = {change.path for change in folder.checkpoints.plan_undo(run.id, overlay=overlay)}
+    if there == set(run.files):
+        folder.checkpoints.mark_applied_by_editor(run.id)
+        return "A crash interrupted a run after its edit was applied; it can be undone."
+    if there & documents.keys():
+        return "A crash interrupted a run that was applied in part: choose “Undo the last run” to take it back."
+    folder.checkpoints.undo(run.id, overlay=overlay)
+    return "A crash interrupted a run before your editor applied its part: it was taken back."

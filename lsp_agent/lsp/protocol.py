@@ -30,7 +30,7 @@ class Protocol(LanguageServerProtocol):
     @lsp_method(types.TEXT_DOCUMENT_DID_CLOSE)
     def lsp_text_document__did_close(self, params: types.DidCloseTextDocumentParams) -> None:
         """Forget a document."""
-        self._server.documents.close(params.text_document.uri)
+        self._server.closed(params.text_document.uri)
 
     @lsp_method(types.EXIT)
     def lsp_exit(self, *arguments: Any) -> Generator[Any, Any, None]:

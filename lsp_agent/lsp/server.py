@@ -21,7 +21,7 @@ from lsp_agent.lsp import code_actions, commands
 from lsp_agent.lsp.capabilities import ClientFeatures
 from lsp_agent.lsp.code_actions import KINDS, Situation, enclosing_test, list_actions
 from lsp_agent.lsp.convert import path_of
-from lsp_agent.lsp.documents import Documents, relative_path
+from lsp_agent.lsp.documents import Documents, relative_path, unsaved
 from lsp_agent.lsp.editor import Editor
 from lsp_agent.lsp.folder import Folder, Folders
 from lsp_agent.lsp.models import Models
@@ -93,6 +93,13 @@ class AgentServer(LanguageServer):
         """Close and end the process at once: the reader's thread may be in a read that nothing interrupts."""
         self.close()
         os._exit(code)
+
+    def closed(self, uri: str) -> None:
+        """A document was closed: from now on its file counts, which may be another text than the tests ran on."""
+        document = self.documents.get(uri)
+        self.documents.close(uri)
+        if document is not None and document.path is not None and unsaved({uri: document}):
+            self.saved(uri)
 
     def saved(self, uri: str) -> None:
         """A document was saved in the editor; the watcher may not see it on every file system."""

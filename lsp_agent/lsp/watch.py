@@ -26,6 +26,7 @@ class Watch:
         self._lock = threading.Lock()
         self._watcher: Watcher | None = None
         self._timer: threading.Timer | None = None
+        self._paths: set[str] = set()
         self._closed = threading.Event()
 
     def start(self) -> None:
@@ -55,10 +56,8 @@ class Watch:
 
     def changed(self, paths: Iterable[str]) -> None:
         """Files changed: reload the settings if theirs did, and see that results are still true."""
-        from lsp_agent.config import FILE_NAME
-
-        if FILE_NAME in set(paths):
-            self._folder.reload_settings()
+        with self._lock:
+            self._paths |= set(paths)
         self._soon(0.0)
 
     def _soon(self, seconds: float) -> None:
@@ -72,7 +71,13 @@ class Watch:
             self._timer.start()
 
     def _check(self) -> None:
+        from lsp_agent.config import FILE_NAME
+
         folder = self._folder
+        with self._lock:
+            paths, self._paths = self._paths, set()
+        if FILE_NAME in paths:
+            folder.reload_settings()
         results = folder.results
         if not results.ran:
             return

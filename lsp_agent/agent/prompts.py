@@ -135,8 +135,10 @@ def infill(
 
 def context(path: str, problem: Problem | None, tokens: FileTokens | None) -> str:
     """The failing test as a file in front of the file at `path`."""
-    if problem is None or not problem.test:
+    if problem is None:
         return ""
+    if not problem.test:  # a file that cannot be collected: there is only the reason
+        return f"# {problem.path}: {' '.join(problem.failure.split())[:200]}\n# {path}\n"
     if tokens is None:
         return f"# {problem.path}\n{problem.test}\n\n\n# {path}\n"
     return f"{tokens.repo_name}project\n{tokens.file_sep}{problem.path}\n{problem.test}\n{tokens.file_sep}{path}\n"

@@ -168,13 +168,15 @@ class Sandbox:
             # Only where it is not hidden already: an empty folder would tell that lsp-agent is there.
             if not any(folder.is_relative_to(p) for p in private) or any(folder.is_relative_to(p) for p in outer):
                 yield from ("--tmpfs", str(folder))
-        yield from self._hide_repository(private)
+        empty = run_dir / "empty"
+        empty.touch()
+        yield from self._hide_repository(private, empty)
         yield from ("--bind", str(tree), str(self.root))
         for path in self.environments(needs):
             yield from ("--ro-bind", str(path), str(path))
         git = tree / ".git"
         if git.exists() and not git.is_symlink():
-            yield from _hide(git, self.root / ".git")
+            yield from _hide(git, self.root / ".git", empty)
         yield from ("--ro-bind", str(plugin), f"{RUN_DIR}/plugin")
         yield from ("--bind", str(run_dir), f"{RUN_DIR}/run")
 
@@ -184,7 +186,7 @@ class Sandbox:
         marks = ("pyvenv.cfg", "conda-meta")
         return _without_nested([path for path in inside if any((path / mark).exists() for mark in marks)])
 
-    def _hide_repository(self, private: Sequence[Path]) -> Iterator[str]:
+    def _hide_repository(self, private: Sequence[Path], empty: Path) -> Iterator[str]:
         """Hide the history of a repository around the workspace: a fix could be dug out of it."""
         for folder in self.root.parents:
             git = folder / ".git"
@@ -195,12 +197,13 @@ class Sandbox:
                 while target != target.parent and target.name != ".git":
                     target = target.parent
                 if target.name == ".git" and target.is_dir() and not any(target.is_relative_to(p) for p in private):
-                    yield from _hide(target, target)
-            yield from _hide(git, git)
+                    yield from _hide(target, target, empty)
+            yield from _hide(git, git, empty)
 
 
-def _hide(source: Path, place: Path) -> tuple[str, ...]:
-    return ("--tmpfs", str(place)) if source.is_dir() else ("--ro-bind", "/dev/null", str(place))
+def _hide(source: Path, place: Path, empty: Path) -> tuple[str, ...]:
+    # An empty file, not /dev/null: pytest 6 stops at a `.git` that is neither a file nor a folder.
+    return ("--tmpfs", str(place)) if source.is_dir() else ("--ro-bind", str(empty), str(place))
 
 
 def _existing(folders: Sequence[Path]) -> list[Path]:

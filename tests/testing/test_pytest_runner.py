@@ -312,6 +312,8 @@ def test_coverage_by_test(project, run, level):
 
                 def unused():
                     return json.dumps({})
+
+                def short(): return 1
             """,
             "test_a.py": """
                 import json, threading
@@ -324,6 +326,9 @@ def test_coverage_by_test(project, run, level):
                     json.dumps({})
                     assert lib.sign(1) == 1
 
+                def test_short():
+                    assert lib.short()
+
                 def test_in_a_thread():
                     thread = threading.Thread(target=lib.sign, args=(-1,))
                     thread.start()
@@ -334,6 +339,7 @@ def test_coverage_by_test(project, run, level):
     coverage = run(root, level=level, coverage=True).coverage
     assert coverage["test_a.py::test_minus"] == {"lib.py": {5, 6}, "test_a.py": {6}}
     assert coverage["test_a.py::test_plus"] == {"lib.py": {5, 7}, "test_a.py": {9, 10}}
+    assert coverage["test_a.py::test_short"]["lib.py"] == {12}
     assert coverage["test_a.py::test_in_a_thread"]["lib.py"] == {5, 6}
     assert run(root, "test_a.py::test_plus").coverage == {}
 

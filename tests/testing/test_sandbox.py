@@ -332,7 +332,7 @@ def test_the_scratch_tree_wins_over_an_editable_install(venv, run, level, tmp_pa
     shutil.copytree(venv, scratch, ignore=shutil.ignore_patterns(".venv"))
     module = scratch / "src/pkg/__init__.py"
     module.write_text(module.read_text().replace("VALUE = 1", f"VALUE = {value}"))
-    result = run(venv, tree=scratch, level=level)
+    result = run(venv, tree=scratch, level=level, interpreter=None)
     assert result.failing == (() if value == 1 else ("tests/test_a.py::test_a",)), result.results
     if value == 2:
         place = venv if level == "full" else scratch
@@ -352,7 +352,7 @@ def test_tests_write_to_the_scratch_tree_and_not_to_the_workspace(venv, run, san
         "        pathlib.Path(sys.prefix, 'written.txt').write_text('x')\n"
     )
     before = sorted(str(p) for p in venv.rglob("*"))
-    result = run(venv, tree=scratch)
+    result = run(venv, tree=scratch, interpreter=None)
     assert result.green, result.results
     assert (scratch / "written.txt").exists()
     assert sorted(str(p) for p in venv.rglob("*")) == before

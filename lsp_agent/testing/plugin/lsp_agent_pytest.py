@@ -174,6 +174,10 @@ class Recorder:
     def pytest_load_initial_conftests(self, early_config: Any) -> Any:
         """Neutralise options before the plugins that own them read them; report a conftest that cannot be loaded."""
         neutralise(early_config.known_args_namespace)
+        config_file = str(getattr(early_config, "inipath", None) or "")
+        if config_file and self.relative(config_file) is None:
+            # The test folders of a project around this one; pytest skips them too when it chooses the root itself.
+            early_config._inicache["testpaths"] = []
         outcome = yield
         self.problem("conftest", outcome.excinfo)
 
@@ -368,17 +372,23 @@ class MonitoringCoverage:
         self.tool = free[0]
         self.monitoring.use_tool_id(self.tool, "lsp-agent")
         self.monitoring.register_callback(self.tool, self.monitoring.events.LINE, self.line)
+        self.monitoring.register_callback(self.tool, self.monitoring.events.PY_START, self.enter)
 
     def start(self) -> None:
         """Forget the lines so far and switch line events on."""
         self.lines = {}
-        self.monitoring.set_events(self.tool, self.monitoring.events.LINE)
+        self.monitoring.set_events(self.tool, self.monitoring.events.LINE | self.monitoring.events.PY_START)
         self.monitoring.restart_events()
 
     def stop(self) -> dict[str, set]:
         """Return path -> executed lines since `start`."""
         self.monitoring.set_events(self.tool, 0)
         return self.lines
+
+    def enter(self, code: Any, offset: int) -> Any:  # noqa: ARG002
+        """Record the line of a function that has only one: Python 3.13 has no line event for it."""
+        numbers = {number for _, _, number in code.co_lines() if number is not None}
+        return self.line(code, numbers.pop()) if len(numbers) == 1 else self.monitoring.DISABLE
 
     def line(self, code: Any, number: int) -> Any:
         """Record one line and ask for no second event of it."""

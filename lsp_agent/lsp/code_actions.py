@@ -41,6 +41,8 @@ class Situation:
     """URI of the workspace folder; None for a file outside of every folder."""
     results: Results = field(default_factory=Results)
     running: str | None = None
+    """Title of the job that runs, if it is one the user asked for."""
+    stoppable: str | None = None
     """Title of the job that runs."""
     model_problem: str | None = None
     """Why no model can be opened."""
@@ -105,8 +107,8 @@ def _candidates(
     yield "Make all tests green", MAKE_GREEN, [], [], cannot_fix or nothing
     yield "Run the tests", RUN_TESTS, [], [], busy
     yield "Undo the last run", UNDO, [], [], busy or situation.undo_problem
-    if situation.running is not None:
-        yield f"Stop ({situation.running})", STOP, [], [], None
+    if situation.stoppable is not None:
+        yield f"Stop ({situation.stoppable})", STOP, [], [], None
 
 
 def _fixes(

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-ANSWER_TIMEOUT_S = 120.0
-"""Some editors ask their user before they apply an edit."""
+ANSWER_TIMEOUT_S = 600.0
+"""Some editors ask their user before they apply an edit; stopping the job ends the wait."""
 _POLL_S = 0.05
 
 

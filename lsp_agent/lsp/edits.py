@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from lsprotocol import types
 
+from lsp_agent.cancel import CancelToken
 from lsp_agent.errors import UserError
 from lsp_agent.lsp.convert import minimal_edits
 from lsp_agent.lsp.documents import Document, TextFormat, content_of, read_bytes
@@ -88,16 +89,16 @@ def workspace_edit(folder: Folder, plans: Sequence[Plan]) -> types.WorkspaceEdit
     return types.WorkspaceEdit(document_changes=operations)
 
 
-def edit_documents(folder: Folder, plans: Sequence[Plan], label: str) -> str | None:
+def edit_documents(folder: Folder, plans: Sequence[Plan], label: str, cancel: CancelToken) -> str | None:
     """Have the editor make the edits, all or none; returns why it did not, None when it did.
 
     Some editors answer "applied" although a stale version made them skip it, so the documents decide.
     """
     if any(folder.documents.get(plan.document.uri) != plan.document for plan in plans):
         return "a document changed in the meantime"
-    answer = folder.editor.apply_edit(label, workspace_edit(folder, plans))
+    answer = folder.editor.apply_edit(label, workspace_edit(folder, plans), cancel)
     if answer.applied or not answer.known:
-        if _wait(lambda: all(_holds(folder, plan) for plan in plans)):
+        if _wait(lambda: all(_holds(folder, plan) for plan in plans), cancel):
             return None
         reason = answer.reason or "the editor left a document as it was"
     else:
@@ -140,16 +141,16 @@ def _take_back(folder: Folder, plans: Sequence[Plan], label: str) -> None:
         folder.editor.apply_edit(f"Take back: {label}", workspace_edit(folder, back))
 
 
-def _wait(condition: Callable[[], bool]) -> bool:
+def _wait(condition: Callable[[], bool], cancel: CancelToken) -> bool:
     end = time.monotonic() + SETTLE_S
     while not condition():
-        if time.monotonic() > end:
+        if time.monotonic() > end or cancel.cancelled:
             return False
         time.sleep(0.01)
     return True
 
 
-def apply_run(folder: Folder, run_id: str, changes: Sequence[FileChange], label: str) -> None:
+def apply_run(folder: Folder, run_id: str, changes: Sequence[FileChange], label: str, cancel: CancelToken) -> None:
     """Make a run's changes, journaled as `run_id`.
 
     Raises `Stale` when something changed meanwhile, and `UserError` when they cannot be made; then nothing was.
@@ -166,7 +167,7 @@ def apply_run(folder: Folder, run_id: str, changes: Sequence[FileChange], label:
         raise Stale from None
     if not plans:
         return
-    reason = edit_documents(folder, plans, label)
+    reason = edit_documents(folder, plans, label, cancel)
     if reason is None:
         checkpoints.mark_applied_by_editor(run_id)
         return
@@ -176,23 +177,23 @@ def apply_run(folder: Folder, run_id: str, changes: Sequence[FileChange], label:
     raise UserError(f"Your editor did not apply the edit ({reason}), so nothing was changed.")
 
 
-def undo_run(folder: Folder, run_id: str | None, label: str) -> tuple[str, list[FileChange], tuple[str, ...]]:
-    """Take back a run (None: the last): its id, the changes made, and the files whose later edits were merged.
+def undo_run(folder: Folder, label: str, cancel: CancelToken) -> tuple[str, list[FileChange], tuple[str, ...]]:
+    """Take back the last run: its id, the changes made, and the files whose later edits were merged.
 
     Raises `UserError` when it cannot; then nothing was changed.
     """
     checkpoints = folder.checkpoints
     documents = folder.open_documents()
     overlay = _current(folder, documents)
-    planned = checkpoints.plan_undo(run_id, overlay=overlay)
+    planned = checkpoints.plan_undo(overlay=overlay)
     try:
         plans = plan_edits(folder, planned, documents)
     except Stale:
         raise UserError("A file changed just now, so nothing was undone: try again.") from None
     by_editor = [plan.change.path for plan in plans]
-    result = checkpoints.undo(run_id, skip=by_editor, overlay=overlay)
+    result = checkpoints.undo(skip=by_editor, overlay=overlay)
     if plans:
-        reason = edit_documents(folder, plans, label)
+        reason = edit_documents(folder, plans, label, cancel)
         if reason is not None:
             checkpoints.undo(result.undo_id, skip=by_editor, overlay=_current(folder, by_editor))
             raise UserError(f"Your editor did not apply the edit ({reason}), so nothing was undone.")

@@ -106,7 +106,7 @@ def _apply(
         run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-lsp-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         job.touched = True
         try:
-            apply_run(folder, run_id, changes, job.title)
+            apply_run(folder, run_id, changes, job.title, job.cancel)
         except Stale:
             job.touched = False
             digest = f"stale after attempt {attempt}"

@@ -193,12 +193,13 @@ def _register_code_actions(server: AgentServer) -> None:
         folder = server.folders.of(path)
         if folder is None:
             return list_actions(params, Situation(server.editor.features), [], None)
-        job = folder.slot.busy
+        job, any_job = folder.slot.busy, folder.slot.current
         situation = Situation(
             server.editor.features,
             folder.uri,
             folder.results,
             running=job.title if job is not None else None,
+            stoppable=any_job.title if any_job is not None else None,
             model_problem=folder.model_problem(),
             undo_problem=folder.undo_problem,
         )

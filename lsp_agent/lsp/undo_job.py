@@ -12,7 +12,7 @@ def run_undo(folder: Folder, job: Job) -> Ending:
     """Undo, say which files, and then run the tests again whose outcome the undo changed."""
     job.progress.report("restoring the files")
     job.cancel.raise_if_cancelled()
-    run_id, changes, merged = undo_run(folder, None, job.title)
+    run_id, changes, merged = undo_run(folder, job.title, job.cancel)
     job.touched = True
     folder.check_undo()
     paths = ", ".join(change.path for change in changes)

@@ -8,27 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-CALC = '''"""Arithmetic. 😀"""
-
-
-def add(a, b):
-    return a - b  # 😀
-
-
-def double(a):
-    return a * 2
-'''
-TEST_CALC = """from calc import add, double
-
-
-def test_add():
-    assert add(1, 2) == 3
-
-
-def test_double():
-    assert double(4) == 8
-"""
+from editor_client import CALC, TEST_CALC
 
 
 @pytest.fixture(autouse=True)

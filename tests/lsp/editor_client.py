@@ -18,6 +18,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+CALC = '''"""Arithmetic. 😀"""
+
+
+def add(a, b):
+    return a - b  # 😀
+
+
+def double(a):
+    return a * 2
+'''
+TEST_CALC = """from calc import add, double
+
+
+def test_add():
+    assert add(1, 2) == 3
+
+
+def test_double():
+    assert double(4) == 8
+"""
+
+
 FULL_CAPABILITIES: dict[str, Any] = {
     "general": {"positionEncodings": ["utf-16"]},
     "window": {"workDoneProgress": True, "showDocument": {"support": True}},

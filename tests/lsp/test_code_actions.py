@@ -80,7 +80,7 @@ def test_only_the_kinds_asked_for_are_listed(only: list[str], kinds: set[str]) -
 
 
 def test_while_a_job_runs_stop_is_offered_and_the_rest_is_disabled_with_a_reason() -> None:
-    actions = by_kind(listed(replace(READY, running="Run the tests"), DIAGNOSTIC))
+    actions = by_kind(listed(replace(READY, running="Run the tests", stoppable="Run the tests"), DIAGNOSTIC))
     assert actions.pop("source.lspAgent.stop").disabled is None
     for action in actions.values():
         assert action.disabled is not None
@@ -102,7 +102,9 @@ def test_a_file_without_a_folder_says_so() -> None:
 
 
 def test_a_client_without_disabled_support_gets_only_what_works() -> None:
-    kinds = by_kind(listed(replace(READY, features=replace(FULL, disabled_actions=False), running="Fix")))
+    kinds = by_kind(
+        listed(replace(READY, features=replace(FULL, disabled_actions=False), running="Fix", stoppable="Fix"))
+    )
     assert set(kinds) == {"source.lspAgent.stop"}
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CALC
-from editor_client import FULL_CAPABILITIES, EditorClient, without
+from editor_client import CALC, FULL_CAPABILITIES, EditorClient, without
 
 Script = Callable[..., str]
 RIGHT: dict[str, Any] = {"on": "infill", "answers": ["return a + b"]}

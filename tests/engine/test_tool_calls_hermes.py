@@ -74,7 +74,8 @@ def test_a_slip_never_costs_the_call_after_it(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["</tool_call>", "<tool_call>\n{", 'a "quoted" \\ {[', "line\nbreak", "}}", "größer 🦀", ""]
+    "value",
+    ['one " and }}', "</tool_call>", "<tool_call>\n{", 'a "quoted" \\ {[', "line\nbreak", "}}", "größer 🦀", ""],
 )
 def test_string_values_arrive_character_for_character(value: str) -> None:
     answer = parse(write_hermes("write_file", {"path": "f", "content": value}) + "\nDone.")
@@ -120,6 +121,13 @@ def test_an_unescaped_quote_does_not_swallow_the_next_call() -> None:
     answer = parse(f"{broken}\n{CALL}")
     assert [call.raw for call in answer.calls] == [broken, CALL]
     assert [bool(call.errors) for call in answer.calls] == [True, False]
+
+
+def test_a_call_that_breaks_off_does_not_swallow_the_next_one() -> None:
+    broken = '<tool_call>\n{"name": "read_file", "arguments": {"path": "say\n'
+    answer = parse(broken + CALL)
+    assert [call.raw for call in answer.calls] == [broken, CALL]
+    assert [[error.problem for error in call.errors] for call in answer.calls] == [[Problem.CUT_OFF], []]
 
 
 def test_unknown_tools_are_reported_when_they_are_surely_calls() -> None:

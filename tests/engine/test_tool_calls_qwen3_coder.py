@@ -58,6 +58,11 @@ def test_consecutive_calls_and_text_around_them() -> None:
     assert len({call.id for call in answer.calls}) == 3
 
 
+def test_a_call_without_opener_may_follow_another_on_the_same_line() -> None:
+    bare = "<function=run_tests>\n</function>\n</tool_call>"
+    assert [call.raw for call in parse(CALL + bare).calls] == [CALL, bare]
+
+
 REPAIRED = {
     "no <tool_call>": (CALL.removeprefix("<tool_call>\n"), [Repair.MISSING_OPENER]),
     "no <tool_call>, indented": ("  " + CALL.removeprefix("<tool_call>\n"), [Repair.MISSING_OPENER]),
@@ -191,6 +196,7 @@ def test_missing_repeated_and_untypable_parameters_are_reported() -> None:
     again = "<parameter=path>\nb.py\n</parameter>\n</function>"
     (repeated,) = parse(CALL.replace("</function>", again)).calls
     assert [e.problem for e in repeated.errors] == [Problem.DUPLICATE_PARAMETER]
+    assert repeated.arguments == {"path": "a.py"}
     (invalid,) = parse(write_qwen3_coder("read_file", {"path": "a", "start": "the top"})).calls
     assert [(e.problem, e.parameter) for e in invalid.errors] == [(Problem.INVALID_VALUE, "start")]
     assert 'must be integer, not "the top"' in invalid.error_text

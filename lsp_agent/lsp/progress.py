@@ -5,14 +5,13 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from typing import Any
 
 from lsprotocol import types
 
 from lsp_agent.lsp.editor import Editor
 
 MIN_INTERVAL_S = 0.1
-"""Reports that come faster are dropped, the last before the end excepted."""
+"""Of reports that come faster only the last is sent, this long after the one before."""
 
 
 class Progress:
@@ -25,6 +24,8 @@ class Progress:
         self._quiet = quiet
         self._shown = False
         self._last_report = 0.0
+        self._message: str | None = None
+        """The message that is to be sent next."""
         self._percentage = 0
         self._ended = False
         self._lock = threading.Lock()
@@ -40,14 +41,31 @@ class Progress:
 
     def report(self, message: str, percentage: int | None = None) -> None:
         """Say what is being done; `percentage` (0 to 100) never goes back."""
-        self._percentage = max(self._percentage, min(100, percentage or 0))
-        now = time.monotonic()
-        if now - self._last_report < MIN_INTERVAL_S:
-            return
-        self._last_report = now
-        self._send(types.WorkDoneProgressReport(message=message, percentage=self._percentage, cancellable=True))
-        if not self._shown and not self._quiet:
-            self._editor.log(f"{self._title}: {message}")
+        with self._lock:
+            self._percentage = max(self._percentage, min(100, percentage or 0))
+            waiting = self._message is not None
+            self._message = message
+            wait = self._last_report + MIN_INTERVAL_S - time.monotonic()
+        if waiting:
+            return  # the timer that waits with the former message sends this one
+        if wait <= 0:
+            self._flush()
+        else:
+            timer = threading.Timer(wait, self._flush)
+            timer.daemon = True
+            timer.start()
+
+    def _flush(self) -> None:
+        with self._lock:
+            message, self._message = self._message, None
+            if message is None or self._ended:
+                return
+            self._last_report = time.monotonic()
+            if self._shown:
+                report = types.WorkDoneProgressReport(message=message, percentage=self._percentage, cancellable=True)
+                self._editor.progress(self.token, report)
+            elif not self._quiet:
+                self._editor.log(f"{self._title}: {message}")
 
     def end(self, message: str) -> None:
         """End it; safe to call twice."""
@@ -55,10 +73,6 @@ class Progress:
             if self._ended:
                 return
             self._ended = True
-        if self._shown:
+            if not self._shown:
+                return
             self._editor.progress(self.token, types.WorkDoneProgressEnd(message=message))
-
-    def _send(self, value: Any) -> None:
-        with self._lock:
-            if self._shown and not self._ended:
-                self._editor.progress(self.token, value)

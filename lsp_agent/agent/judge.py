@@ -121,7 +121,7 @@ class Judge:
 
 
 def passes(run: TestRun, target: str) -> bool:
-    """Whether `target` passed in `run`; a file that could not be collected passes once its tests run, however they end."""
+    """Whether `target` passed in `run`; a file that could not be collected passes once its tests run at all."""
     if target in run.results or "::" in target:
         return target in run.passing
     return not run.error and any(n.startswith(f"{target}::") for n in run.results)

@@ -30,10 +30,13 @@ FIRST_SUSPECTS = 3
 FIRST_SPANS = 8
 FIRST_GROUPS = 2
 FIRST_SAMPLED = 4
-SECOND_EDIT_SPANS = 8
-MOST_SEEDS = 3
+SECOND_EDIT_SPANS = 6
+MOST_SEEDS = 2
 GROUP_LINES = 14
 BODY_LINES = 30
+INSIDE_FACTOR = 0.5
+"""How much an expression counts whose whole statement is asked for too."""
+SIGNATURE_FACTOR = 0.1
 LEAST_FACTOR = 0.1
 """How little a span counts that the failing test did not run."""
 FRAMED = 2.0
@@ -118,19 +121,28 @@ class Search:
             yield self._cloze("sampled group", place, hot, 3)
 
     def _second_edits(self) -> Iterator[Ask]:
-        """Pairs of spans: another edit on top of the candidates that got furthest."""
+        """Pairs of spans: another statement refilled on top of the candidates that got furthest."""
         fresh = sorted(self.seeds[self._seeded :], key=lambda s: (-s[0], sum(map(len, s[1].values()))))[:MOST_SEEDS]
         self._seeded = len(self.seeds)
         for _, texts in fresh:
-            views = [
-                (s, view(source, region))
-                for s in self.suspects[:FIRST_SUSPECTS]
-                if (source := self._read_over(texts, s.region.path)) is not None
-                and (region := same_region(source, s.region)) is not None
-            ]
-            spans = self._places(views, lambda t, r: [*statement_spans(t, r), *expression_spans(t, r)])
-            for place in spans[:SECOND_EDIT_SPANS]:
+            places = []
+            for suspect in self.suspects[:FIRST_SUSPECTS]:
+                before, source = self.read(suspect.region.path), self._read_over(texts, suspect.region.path)
+                region = same_region(source, suspect.region) if source is not None else None
+                if before is None or source is None or region is None:
+                    continue
+                v = view(source, region)
+                known = self._by_text(suspect, view(before, suspect.region))
+                # What the first edit wrote is not refilled again; the rest is as surprising as it was.
+                for span in statement_spans(source.text, region):
+                    if (weight := known.get(span.of(source.text))) is not None:
+                        places.append(Place(v, span, weight, 0.0))
+            for place in sorted(places, key=lambda p: -p.total)[:SECOND_EDIT_SPANS]:
                 yield replace(self._cloze("second edit", place), base=texts)
+
+    def _by_text(self, suspect: Suspect, v: View) -> dict[str, float]:
+        places = self._places([(suspect, v)], statement_spans)
+        return {p.span.of(v.source.text): p.total for p in reversed(places)}
 
     def _read_over(self, texts: Mapping[str, str], path: str) -> Source | None:
         source = self.read(path)
@@ -149,8 +161,14 @@ class Search:
         places = []
         for suspect, v in views:
             surprise = self.surprise(v, self.problem)
-            for span in spans_of(v.source.text, v.region):
+            spans = spans_of(v.source.text, v.region)
+            statements = [s for s in spans if s.kind in ("statement", "header")]
+            for span in spans:
                 weight = suspect.score**2 * _line_factor(suspect, span, v.source.text)
+                if span.kind in ("expression", "operator") and any(s.start <= span.start < s.end for s in statements):
+                    weight *= INSIDE_FACTOR
+                elif span.kind == "header" and span.of(v.source.text).startswith(("def ", "async def ")):
+                    weight *= SIGNATURE_FACTOR
                 total = surprise.total(span) if surprise else float(span.end - span.start)
                 mean = surprise.mean(span) if surprise else 1.0
                 places.append(Place(v, span, weight * total, weight * mean))

@@ -80,7 +80,11 @@ def pytest_module(task: Task) -> str:
     parameter = check.args.args[0].arg
     header = f"def {task.test_name}():"
     alias = [] if parameter == task.entry_point else [f"    {parameter} = {task.entry_point}"]
-    before, body_lines = lines[: check.lineno - 1], lines[check.body[0].lineno - 1 : check.end_lineno]
+    one_line = lines[check.lineno - 1].rstrip().endswith(":")
+    first = check.lineno if one_line else check.body[0].lineno - 1  # with the comments above the first statement
+    before, body_lines = lines[: check.lineno - 1], lines[first : check.end_lineno]
+    while body_lines and not body_lines[0].strip():
+        body_lines.pop(0)
     between = lines[check.end_lineno or check.lineno : call.lineno - 1]
     parts = [*before, header, *alias, *body_lines, *between]
     return imports + "\n".join(parts).strip("\n") + "\n"

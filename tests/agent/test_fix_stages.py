@@ -101,8 +101,8 @@ def test_second_edit_on_what_got_further(project: Project) -> None:
         before, after = prompt.split("<FILL>")
         if before.endswith("range(1, n") or after.startswith(", n):"):
             return "2"
-        if "range(2, n)" in after and before.endswith("if ") and after.startswith(":"):
-            return "n < 2"
+        if "range(2, n)" in after and after.startswith("\n        return False"):
+            return "if n < 2:"
         return ""
 
     project.model.infills = infill

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -10,7 +11,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lsp_agent.cancel import CancelToken
@@ -18,9 +18,10 @@ from lsp_agent.errors import Cancelled
 from lsp_agent.testing.environment import scrubbed_environment
 from lsp_agent.testing.integrity import ProtectedFiles
 from lsp_agent.testing.interpreter import Interpreter, find_interpreter
-from lsp_agent.testing.process import DUMP_SIGNAL, MAX_PROCESSES, Ended, run_group
-from lsp_agent.testing.records import Session, read_faults, read_session, result_of
-from lsp_agent.testing.results import TestResult, TestRun
+from lsp_agent.testing.merging import Progress
+from lsp_agent.testing.process import DUMP_SIGNAL, Ended, run_group
+from lsp_agent.testing.records import Session, read_faults, read_session
+from lsp_agent.testing.results import Frame, TestRun
 from lsp_agent.testing.sandbox import RUN_DIR, Sandbox
 
 PLUGIN_DIR = Path(__file__).parent / "plugin"
@@ -35,19 +36,6 @@ def limits() -> dict[str, int]:
     """Return the resource limits of a test process: generous, so that only runaways meet them."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {"CORE": 0, "FSIZE": 1 << 30, "DATA": max(2 << 30, memory // 2)}
-
-
-@dataclass
-class _Progress:
-    """What several pytest processes of one run have said together."""
-
-    results: dict[str, TestResult] = field(default_factory=dict)
-    tests: dict[str, tuple[str, int]] = field(default_factory=dict)
-    coverage: dict[str, dict[str, frozenset[int]]] = field(default_factory=dict)
-    ignore: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    complete: bool = True
-    error: str = ""
 
 
 class PytestRunner:
@@ -102,7 +90,7 @@ class PytestRunner:
         cancel.raise_if_cancelled()
         tree = tree.absolute()
         remove_bytecode(tree)
-        progress = _Progress()
+        progress = Progress()
         wanted = list(dict.fromkeys(nodeids))
         command: tuple[str, ...] = ()
         output = ""
@@ -113,7 +101,8 @@ class PytestRunner:
                     tree, wanted, run_dir, progress, began + timeout_s, cancel, coverage, fail_fast
                 )
                 output = tail(run_dir.parent / f"{run_dir.name}.out")
-                again = self._merge(progress, session, ended, run_dir, tree, output, fail_fast)
+                faults = functools.partial(self._faults, tree, run_dir)
+                again = progress.add(session, ended, output, fail_fast, faults)
             finally:
                 shutil.rmtree(run_dir, ignore_errors=True)
                 (run_dir.parent / f"{run_dir.name}.out").unlink(missing_ok=True)
@@ -121,26 +110,14 @@ class PytestRunner:
                 break
         else:
             progress.complete = False
-        if progress.complete and progress.missing and not progress.error:
-            progress.error = _missing_sentence(progress.missing, progress.results)
-        order = [nodeid for nodeid in progress.tests if nodeid in progress.results]
-        results = {nodeid: progress.results[nodeid] for nodeid in dict.fromkeys([*progress.results, *order])}
-        return TestRun(
-            results,
-            time.monotonic() - began,
-            command,
-            progress.complete,
-            progress.error,
-            progress.coverage,
-            output,
-        )
+        return progress.to_run(time.monotonic() - began, command, output)
 
     def _process(
         self,
         tree: Path,
         wanted: Sequence[str],
         run_dir: Path,
-        progress: _Progress,
+        progress: Progress,
         deadline: float,
         cancel: CancelToken,
         coverage: bool,
@@ -159,13 +136,12 @@ class PytestRunner:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [plugin, pythonpath]))
         if full:
             environment["TMPDIR"] = "/tmp"  # noqa: S108 - the sandbox's own
-        outside = [str(p) for p in interpreter.prefixes if p.is_relative_to(self.root) and p != self.root]
         settings = {
             "events": f"{inner_run}/events",
             "faults": f"{inner_run}/faults",
             "key": key.hex(),
             "root": inner_tree,
-            "outside": outside,
+            "outside": self._outside(),
             "nodeids": list(wanted),
             "ignore": progress.ignore,
             "skip": list(progress.results),
@@ -207,104 +183,12 @@ class PytestRunner:
             raise Cancelled
         return tuple(argv), ended, read_session(run_dir / "events", key, ended.known)
 
-    def _merge(
-        self,
-        progress: _Progress,
-        session: Session,
-        ended: Ended,
-        run_dir: Path,
-        tree: Path,
-        output: str,
-        fail_fast: bool,
-    ) -> bool:
-        """Add what one process said; return whether another is to run the tests that are left."""
-        progress.results.update(session.results)
-        progress.coverage.update(session.coverage)
-        progress.missing = session.missing
-        if session.collected:
-            progress.tests.update(session.tests)
-        left = [nodeid for nodeid in session.tests if nodeid not in progress.results]
-        if session.problem is not None:
-            progress.error = _problem_sentence(session.problem)
-        elif not session.opened and ended.how == "exited":
-            progress.error = f"pytest did not start: {_last_line(output)}"
-        elif session.status in (3, 4):
-            progress.error = f"pytest stopped: {_last_line(output)}"
-        if progress.error:
-            progress.complete = False
-            return False
-        if ended.how == "exited" and session.status is not None and session.intact:
-            if not progress.tests and not progress.results and not session.missing:
-                progress.error = "pytest found no tests here: check the folder and the project's test configuration."
-            crashed = [n for n in left if n != session.running]
-            if session.status == 2 and crashed and not fail_fast:
-                return True  # a test ended the session (pytest.exit): it counts as crashed, the others still run
-            progress.complete = not left
-            return False
-        root, _ = self.sandbox.locate(tree, run_dir)
-        outside = [str(p) for p in self.interpreter.prefixes if p.is_relative_to(self.root) and p != self.root]
-        frames = read_faults(run_dir / "faults", root, outside)
-        victim = session.running or session.collecting
-        if victim:
-            timed_out = ended.how == "timeout"
-            fields = {"frames": frames, "message": _death(ended), "longrepr": "" if timed_out else output}
-            result = result_of(session, victim, "timeout" if timed_out else "crashed", **fields)
-            progress.results[victim] = replace(result, exception="Timeout" if timed_out else "Crash")
-            if not session.collected:
-                progress.ignore.append(victim)
-        elif ended.how == "exited" and not left and session.collected and session.intact:
-            return False  # everything was recorded; the interpreter died on its way out
-        if ended.how == "timeout" or not victim or fail_fast or not session.intact:
-            progress.complete = False
-            if not progress.results and ended.how == "timeout":
-                progress.error = "The time was up before pytest had collected the tests."
-            elif not progress.results or not session.intact:
-                progress.error = "The test process ended without a complete record of what it did."
-            return False
-        return bool([n for n in left if n != victim]) or not session.collected
+    def _outside(self) -> list[str]:
+        """Return the folders inside the workspace whose files are not the project's: its virtual environments."""
+        return [str(p) for p in self.interpreter.prefixes if p.is_relative_to(self.root) and p != self.root]
 
-
-def _death(ended: Ended) -> str:
-    if ended.how == "timeout":
-        return f"still running when its time was up after {ended.seconds:.1f} s"
-    if ended.how == "too many processes":
-        return f"killed: it had more than {MAX_PROCESSES} processes"
-    code = ended.returncode
-    if code < 0 or code > 128:
-        return f"the interpreter was killed by signal {-code if code < 0 else code - 128}"
-    return f"the interpreter ended with exit status {code} in the middle of the test"
-
-
-def _problem_sentence(problem: dict[str, object]) -> str:
-    where = {
-        "conftest": "A conftest file cannot be loaded",
-        "usage": "pytest refused to start",
-        "run": "pytest broke down",
-    }
-    start = where.get(str(problem["where"]), "pytest failed internally")
-    frames = problem.get("frames")
-    place = f" at {frames[-1][0]}:{frames[-1][1]}" if isinstance(frames, list) and frames else ""
-    message = str(problem["message"]).strip().splitlines()
-    return f"{start}: {problem['exception']}{place}: {message[0] if message else 'no message'}"
-
-
-def _missing_sentence(missing: Sequence[str], results: dict[str, TestResult]) -> str:
-    """Return the sentence about tests that were asked for and do not exist, empty when a broken file explains it."""
-    unknown = [name for name in missing if name.partition("::")[0] not in results]
-    if not unknown:
-        return ""
-    more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-    return f"This test does not exist: {unknown[0]}{more}."
-
-
-def _last_line(output: str) -> str:
-    """Return the line of pytest's output that a human would look at first."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    for mark in ("error: ", "ERROR: ", "Error: ", "E  "):
-        for line in lines:
-            if mark in line and "usage: " not in line:
-                return line
-    return lines[-1] if lines else "it printed nothing"
+    def _faults(self, tree: Path, run_dir: Path) -> tuple[Frame, ...]:
+        return read_faults(run_dir / "faults", self.sandbox.locate(tree, run_dir)[0], self._outside())
 
 
 def _link_chain(executable: Path) -> list[Path]:

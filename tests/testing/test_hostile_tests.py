@@ -11,7 +11,6 @@ import pytest
 from lsp_agent.cancel import CancelToken
 from lsp_agent.errors import Cancelled
 
-
 TIME_S = 3.0
 """Enough for pytest to reach the test on a busy machine."""
 

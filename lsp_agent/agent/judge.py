@@ -14,7 +14,8 @@ from lsp_agent.workspace.changes import FileChange
 from lsp_agent.workspace.scratch import ScratchTree
 
 SMALL_SUITE_S = 2.0
-"""A whole suite this fast is run at once: starting pytest is most of the cost."""
+"""A suite whose tests take no longer is run whole each time: starting pytest is most of the cost."""
+UNKNOWN_START_S = 1.0
 LEAST_TIMEOUT_S = 2.5
 SLOWDOWN = 4.0
 """How many times slower than the baseline a candidate's run may be before it counts as hanging."""
@@ -48,6 +49,9 @@ class Judge:
         self._timeout_s = timeout_s
         self._cancel = cancel
         self._unknown_failing: set[str] = set()
+        in_tests = sum(r.seconds for r in baseline.results.values())
+        # Of a cut run it is not known how long starting took.
+        self._start_s = max(0.0, baseline.seconds - in_tests) if baseline.complete else UNKNOWN_START_S
 
     def judge(self, changes: Sequence[FileChange], target: str, reference: TestRun) -> Verdict:
         """Run what is needed to know whether `changes` make `target` pass and break nothing.
@@ -58,16 +62,14 @@ class Judge:
         self._scratch.reset()
         self._scratch.apply(changes)
         tests = 0
-        suite_s = self.baseline.seconds
-        small = self.baseline.complete and suite_s <= SMALL_SUITE_S
+        small = self.baseline.complete and self.baseline.seconds <= self._start_s + SMALL_SUITE_S
         steps: list[tuple[str, ...]] = [()] if small else [(target,), (target.partition("::")[0],), ()]
         run = reference
         for step in dict.fromkeys(steps):
-            timeout = max(LEAST_TIMEOUT_S, SLOWDOWN * suite_s) if small or not step else self._step_timeout(target)
             run = self._runner.run(
                 self._scratch.path,
                 step,
-                timeout_s=min(timeout, self._timeout_s),
+                timeout_s=self._timeout(step),
                 cancel=self._cancel,
                 fail_fast=step == (target,),
             )
@@ -111,13 +113,15 @@ class Judge:
         self._unknown_failing |= {n for n in nodeids if n not in good}
         return [n for n in nodeids if n in good]
 
-    def _step_timeout(self, target: str) -> float:
-        tests = self.baseline.results
-        alone = tests[target].seconds if target in tests else 0.0
-        start = max(0.0, self.baseline.seconds - sum(r.seconds for r in tests.values()))
-        return max(LEAST_TIMEOUT_S, SLOWDOWN * (start + alone)) + (
-            sum(r.seconds for n, r in tests.items() if n.partition("::")[0] == target.partition("::")[0]) * SLOWDOWN
-        )
+    def _timeout(self, step: tuple[str, ...]) -> float:
+        """Seconds after which a run of `step` counts as hanging: several times what the baseline took for it."""
+        if not self.baseline.complete and not (step and "::" in step[0]):
+            return self._timeout_s  # how long it takes is not known
+        seconds = self._start_s
+        for nodeid, result in self.baseline.results.items():
+            if result.outcome != "timeout" and (not step or nodeid in step or nodeid.partition("::")[0] in step):
+                seconds += result.seconds
+        return min(self._timeout_s, max(LEAST_TIMEOUT_S, SLOWDOWN * seconds))
 
 
 def passes(run: TestRun, target: str) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lsp_agent.agent.judge import passes
 from lsp_agent.agent.request import FixRequest
 from lsp_agent.cancel import CancelToken
 from lsp_agent.errors import ExitCode, UserError
-from lsp_agent.testing.results import TestRun
+from lsp_agent.testing.results import TestResult, TestRun
 from lsp_agent.testing.runner import Runner
 from lsp_agent.workspace.changes import FileChange
 from lsp_agent.workspace.merge import ConflictError, merge
@@ -18,6 +18,7 @@ from lsp_agent.workspace.workspace import Workspace
 
 VERIFY_ATTEMPTS = 3
 MOST_TESTS_WITH_COVERAGE = 300
+HUNG_S = 20.0
 
 
 def baseline(runner: Runner, scratch: ScratchTree, request: FixRequest, cancel: CancelToken) -> TestRun:
@@ -52,12 +53,25 @@ def targets(run: TestRun, request: FixRequest) -> tuple[str, ...]:
 def second_look(
     runner: Runner, scratch: ScratchTree, run: TestRun, failing: Sequence[str], timeout_s: float, cancel: CancelToken
 ) -> TestRun:
-    """Run the failing tests again, with coverage, and the other tests of their files for comparison."""
+    """Run the failing tests again, with coverage, and the other tests of their files for comparison.
+
+    Tests that hung run apart and briefly: they would hang again and take the others' time.
+    """
+    hung = [n for n in failing if run.results[n].outcome == "timeout"]
+    rest = [n for n in failing if n not in hung]
     files = dict.fromkeys(n.partition("::")[0] for n in failing)
     beside = [n for n in run.passing if n.partition("::")[0] in files]
-    scratch.reset()
-    asked = [*failing, *beside[:MOST_TESTS_WITH_COVERAGE]]
-    return runner.run(scratch.path, asked, timeout_s=timeout_s, cancel=cancel, coverage=True)
+    results: dict[str, TestResult] = {}
+    coverage: dict[str, Mapping[str, frozenset[int]]] = {}
+    seconds = 0.0
+    for nodeids, limit in (([*rest, *beside[:MOST_TESTS_WITH_COVERAGE]], timeout_s), (hung, min(timeout_s, HUNG_S))):
+        if nodeids:
+            scratch.reset()
+            again = runner.run(scratch.path, nodeids, timeout_s=limit, cancel=cancel, coverage=True)
+            results |= again.results
+            coverage |= again.coverage
+            seconds += again.seconds
+    return TestRun(results, seconds, run.command, coverage=coverage)
 
 
 @dataclass(frozen=True)

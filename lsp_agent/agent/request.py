@@ -37,7 +37,7 @@ class FixRequest:
     model: str | None = None
     limits: Limits = field(default_factory=Limits)
     seed: int = 0
-    test_timeout_s: float = 300.0
+    test_timeout_s: float = 120.0
     """Longest run of the whole test suite."""
 
 

@@ -33,6 +33,11 @@ FIRST_SAMPLED = 4
 SECOND_EDIT_SPANS = 6
 MOST_SEEDS = 2
 GROUP_LINES = 14
+SCORED_SUSPECT = 0.5
+"""Less suspicious regions are not worth the reading."""
+UNSCORED = 0.1
+"""Surprise taken for granted there, in nats a character."""
+MOST_PLACES = 60
 BODY_LINES = 30
 INSIDE_FACTOR = 0.5
 """How much an expression counts whose whole statement is asked for too."""
@@ -160,7 +165,7 @@ class Search:
     ) -> list[Place]:
         places = []
         for suspect, v in views:
-            surprise = self.surprise(v, self.problem)
+            surprise = self.surprise(v, self.problem) if suspect.score >= SCORED_SUSPECT else None
             spans = spans_of(v.source.text, v.region)
             statements = [s for s in spans if s.kind in ("statement", "header")]
             for span in spans:
@@ -169,12 +174,12 @@ class Search:
                     weight *= INSIDE_FACTOR
                 elif span.kind == "header" and span.of(v.source.text).startswith(("def ", "async def ")):
                     weight *= SIGNATURE_FACTOR
-                total = surprise.total(span) if surprise else float(span.end - span.start)
+                total = surprise.total(span) if surprise else UNSCORED * (span.end - span.start)
                 mean = surprise.mean(span) if surprise else 1.0
                 places.append(Place(v, span, weight * total, weight * mean))
         if by_mean:
-            return sorted(places, key=lambda p: -p.mean)
-        return sorted(places, key=lambda p: (-p.total, p.span.start - p.span.end))
+            return sorted(places, key=lambda p: -p.mean)[:MOST_PLACES]
+        return sorted(places, key=lambda p: (-p.total, p.span.start - p.span.end))[:MOST_PLACES]
 
     def _cloze(
         self, stage: str, p: Place, sampling: Sampling | None = None, n: int = 1, *, hinted: bool = False

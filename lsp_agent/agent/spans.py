@@ -155,15 +155,15 @@ def group_spans(text: str, region: Region) -> list[Span]:
         spans.setdefault(key, Span("group", *key, first.lineno, offsets.indent(first.lineno)))
 
     root = _root(tree, region)
-    for node in [root] if root is not None else []:
-        for inner in ast.walk(node):
-            for block in _blocks(inner):
-                body = [s for s in block if not _is_docstring(s)]
-                for size in (1, 2, 3):
-                    for index in range(len(body) - size + 1):
-                        first, last = body[index], body[index + size - 1]
-                        if size > 1 or _blocks(first):
-                            add(first, last)
+    for node in [root, *_statements(tree, region)] if root is not None else []:
+        for block in _all_blocks(node):
+            body = [s for s in block if not _is_docstring(s)]
+            for size in (1, 2, 3):
+                for index in range(len(body) - size + 1):
+                    run = body[index : index + size]
+                    whole = region.name != MODULE or not any(isinstance(s, FunctionNode | ast.ClassDef) for s in run)
+                    if whole and (size > 1 or _all_blocks(run[0])):
+                        add(run[0], run[-1])
     return list(spans.values())
 
 
@@ -206,6 +206,12 @@ def _statements(tree: ast.Module, region: Region) -> Iterator[ast.stmt]:
 def _blocks(node: ast.AST) -> list[list[ast.stmt]]:
     blocks = [getattr(node, name, None) for name in ("body", "orelse", "finalbody")]
     return [b for b in blocks if isinstance(b, list) and b and isinstance(b[0], ast.stmt)]
+
+
+def _all_blocks(node: ast.AST) -> list[list[ast.stmt]]:
+    """Blocks of a statement, those of its except handlers and cases included."""
+    inner = [*getattr(node, "handlers", []), *getattr(node, "cases", [])]
+    return [*_blocks(node), *(block for part in inner for block in _blocks(part))]
 
 
 def _is_docstring(node: ast.stmt) -> bool:

@@ -34,7 +34,7 @@ NAMES_SHOWN = 20
 @click.option("--max-seconds", type=click.FloatRange(1), default=600, show_default=True, help="Most time.")
 @click.option("--max-tokens", type=click.IntRange(1), default=400_000, show_default=True, help="Most tokens.")
 @click.option(
-    "--test-timeout", type=click.FloatRange(1), default=300, show_default=True, help="Most seconds a test run."
+    "--test-timeout", type=click.FloatRange(1), default=120, show_default=True, help="Most seconds a test run."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
 @click.option("--dry-run", is_flag=True, help="Show the proven diff, and change nothing.")

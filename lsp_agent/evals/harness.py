@@ -24,6 +24,7 @@ from lsp_agent.testing.pytest_runner import PytestRunner
 from lsp_agent.workspace.workspace import Workspace
 
 Row = dict[str, Any]
+TEST_TIMEOUT_S = 20.0
 
 
 def run_task(
@@ -40,7 +41,9 @@ def run_task(
             if control:
                 row |= single_shot(workspace, runner, model, max_seconds, cancel)
             else:
-                request = FixRequest(limits=Limits(max_turns=1000, max_seconds=max_seconds), seed=seed)
+                request = FixRequest(
+                    limits=Limits(max_turns=1000, max_seconds=max_seconds), seed=seed, test_timeout_s=TEST_TIMEOUT_S
+                )
                 result = fix(request, workspace, runner, lambda *_: SharedModel(model), events.ignore, cancel)
                 row |= {
                     "solved": result.status == "green",

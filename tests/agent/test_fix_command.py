@@ -134,3 +134,17 @@ def test_a_hanging_candidate_does_not_hang_the_run(shapes: Path) -> None:
     hang = {"on": "infill", "contains": "<FILL>\n", "answers": ["while True: pass", "return width * height"]}
     result = run(shapes, "--model", model(shapes, hang), "--max-seconds", "60")
     assert result.return_value == 0, result.output
+
+
+def test_an_endless_loop_is_mended(tmp_path: Path) -> None:
+    root = tmp_path / "loop"
+    root.mkdir()
+    (root / "loop.py").write_text("def down(n):\n    while n > 0:\n        n += 1\n    return n\n")
+    (root / "test_loop.py").write_text(
+        "from loop import down\n\n\ndef test_before():\n    assert down(0) == 0\n\n\ndef test_down():\n"
+        "    assert down(3) == 0\n\n\ndef test_after():\n    assert down(-1) == -1\n"
+    )
+    rules = {"on": "infill", "contains": "while n > 0:\n        <FILL>", "answers": ["n -= 1"]}
+    result = run(root, "--model", model(root, rules), "--test-timeout", "6", "--json")
+    assert result.return_value == 0, result.output
+    assert json.loads(result.stdout)["fixed"] == ["test_loop.py::test_down"]

@@ -201,7 +201,7 @@ def interruptible(cancel: CancelToken) -> Iterator[None]:
 
 
 def _show(result: FixResult, applied: str | None, *, dry_run: bool) -> None:
-    spent = f"{result.turns} turns, {result.seconds:.1f} s, "
+    spent = f"{result.turns} turn{'' if result.turns == 1 else 's'}, {result.seconds:.1f} s, "
     spent += f"{result.usage.prompt_tokens - result.usage.cached_tokens} tokens read, "
     spent += f"{result.usage.completion_tokens} written"
     if result.status == "nothing_failing":

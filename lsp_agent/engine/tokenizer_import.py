@@ -10,6 +10,7 @@ from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from lsp_agent.engine.gguf_file import GgufFile
+from lsp_agent.engine.manifest import QWEN_FIM
 from lsp_agent.errors import UserError
 
 SPLIT_PATTERNS = {
@@ -18,14 +19,6 @@ SPLIT_PATTERNS = {
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
         r"|\s+(?!\S)|\s+"
     ),
-}
-FIM_TOKENS = {
-    "prefix": "<|fim_prefix|>",
-    "suffix": "<|fim_suffix|>",
-    "middle": "<|fim_middle|>",
-    "pad": "<|fim_pad|>",
-    "repository": "<|repo_name|>",
-    "file": "<|file_sep|>",
 }
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
@@ -63,5 +56,5 @@ def write_tokenizer(file: GgufFile, folder: Path) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    fim = {name: vocabulary[token] for name, token in FIM_TOKENS.items() if token in vocabulary}
+    fim = {name: vocabulary[token] for name, token in QWEN_FIM.items() if token in vocabulary}
     return {"end": sorted(ends), "fim": fim}

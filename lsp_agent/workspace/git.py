@@ -9,9 +9,15 @@ from pathlib import Path
 
 from lsp_agent.errors import UserError
 
-# A repository's own configuration may name programs (`core.fsmonitor`, hooks, the pager): other people's code is
-# hostile, and listing files must not run it.
-_HARMLESS = ("-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "-c", "core.pager=cat")
+# A repository's own configuration may name programs (`core.fsmonitor`, hooks, the pager, those that fetch what a
+# partial clone lacks): other people's code is hostile, and listing files must not run it. A folder that only looks
+# like a bare repository may be part of the code, so it is none unless GIT_DIR names it.
+_HARMLESS = (
+    *("-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "-c", "core.pager=cat"),
+    *("-c", "safe.bareRepository=explicit"),
+)
+# Before git 2.39.4 GIT_NO_LAZY_FETCH is unknown; an empty list of protocols stops every transport in all versions.
+_OFFLINE = {"GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "", "GIT_TERMINAL_PROMPT": "0"}
 
 
 class GitMissingError(UserError):
@@ -24,7 +30,7 @@ class GitMissingError(UserError):
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The process environment without any `GIT_*` variable (a hook of the user's may have set them), plus `extra`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    return {**kept, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C", **(extra or {})}
+    return {**kept, **_OFFLINE, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C", **(extra or {})}
 
 
 def run_git(

@@ -163,6 +163,44 @@ def test_listing_does_not_run_what_the_repository_configures(root: Path) -> None
     assert not (root.parent / "owned").exists()
 
 
+def test_listing_fetches_nothing_for_a_partial_clone(root: Path) -> None:
+    """Of a hostile repository, whose missing objects are to come through a program of its own."""
+    write(root, {"a.py": "", ".gitignore": "*.log\n", "x.log": ""})
+    git(root, "init", "-q")
+    git(root, "add", ".")
+    blob = subprocess.run(
+        ["git", "rev-parse", ":.gitignore"], cwd=root, check=True, capture_output=True, text=True
+    ).stdout.strip()
+    git(root, "update-index", "--skip-worktree", ".gitignore")
+    (root / ".gitignore").unlink()
+    missing = root / ".git/objects" / blob[:2] / blob[2:]
+    missing.chmod(0o600)
+    missing.unlink()
+    owned = root.parent / "owned"
+    for key, value in (
+        ("core.repositoryFormatVersion", "1"),
+        ("extensions.partialClone", "origin"),
+        ("remote.origin.promisor", "true"),
+        ("remote.origin.url", f"ext::sh -c touch% {owned}"),
+        ("protocol.ext.allow", "always"),
+    ):
+        git(root, "config", key, value)
+    assert "a.py" in Workspace(root).files()
+    Workspace(root).ignored(["b.py"])
+    assert not owned.exists()
+    subprocess.run(["git", "ls-files", "--others", "--exclude-standard"], cwd=root, capture_output=True, check=False)
+    assert owned.exists(), "plain git would have run it"
+
+
+def test_a_bare_repository_among_the_files_is_not_asked(root: Path) -> None:
+    """Its configuration comes with the code, as everything in the tree does."""
+    git(root.parent, "init", "-q", "--bare", str(root))
+    git(root, "config", "core.bare", "false")
+    git(root, "config", "core.worktree", str(root))
+    write(root, {"info/exclude": "b.py\n", "b.py": ""})
+    assert "b.py" in Workspace(root).files()
+
+
 def test_without_git_the_gitignore_files_are_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(root, {"a.py": "", "x.log": "", ".gitignore": "*.log\n"})
     git(root, "init", "-q")

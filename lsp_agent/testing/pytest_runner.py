@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -96,17 +97,19 @@ class PytestRunner:
         command: tuple[str, ...] = ()
         output = ""
         for _ in range(MAX_CRASHES + 1):
-            run_dir = Path(tempfile.mkdtemp(prefix="lsp-agent-run-"))
+            # Output lies outside of what tests can write, but, like that, where no other user can read.
+            private = Path(tempfile.mkdtemp(prefix="lsp-agent-run-"))
+            run_dir = private / "run"
             try:
+                run_dir.mkdir(mode=0o700)
                 command, ended, session = self._process(
                     tree, wanted, run_dir, progress, began + timeout_s, cancel, coverage, fail_fast
                 )
-                output = tail(run_dir.parent / f"{run_dir.name}.out")
+                output = tail(private / "output")
                 faults = functools.partial(self._faults, tree, run_dir)
                 again = progress.add(session, ended, output, fail_fast, faults)
             finally:
-                shutil.rmtree(run_dir, ignore_errors=True)
-                (run_dir.parent / f"{run_dir.name}.out").unlink(missing_ok=True)
+                _remove(private)
             if not again:
                 break
         else:
@@ -170,7 +173,7 @@ class PytestRunner:
             cwd=launch.cwd,
             environment=environment,
             stdin=json.dumps(settings).encode(),
-            output=run_dir.parent / f"{run_dir.name}.out",
+            output=run_dir.parent / "output",
             deadline=deadline,
             cancel=cancel,
             namespaced=full,
@@ -189,6 +192,13 @@ class PytestRunner:
 
     def _faults(self, tree: Path, run_dir: Path) -> tuple[Frame, ...]:
         return read_faults(run_dir / "faults", self.sandbox.locate(tree, run_dir)[0], self._outside())
+
+
+def _remove(folder: Path) -> None:
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():  # tests nested folders deeper than Python's recursion: the system's tool has no such limit
+        subprocess.run(["rm", "-rf", "--", str(folder)], check=False, capture_output=True)
 
 
 def remove_bytecode(tree: Path) -> None:

@@ -1,7 +1,11 @@
 """What `PytestRunner` says about tests that pytest itself can run to the end."""
 
+import tempfile
+
 import pytest
 
+from lsp_agent.testing import pytest_runner
+from lsp_agent.testing.process import run_group
 from lsp_agent.testing.results import Frame
 
 OUTCOMES = """
@@ -372,3 +376,33 @@ def test_long_texts_are_cut_visibly(project, run):
     result = run(root).results["test_a.py::test_a"]
     assert len(result.longrepr) < 5000 and len(result.message) < 3000
     assert "cut by lsp-agent" in result.longrepr and "cut by lsp-agent" in result.message
+
+
+def test_what_a_run_writes_is_private_and_removed(project, run, level, monkeypatch, tmp_path):
+    """Also the output, which may hold secrets, and folders deeper than Python's recursion."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    seen = []
+
+    def look(*args, output, **options):
+        seen.append((output, output.parent.stat().st_mode & 0o777))
+        ended = run_group(*args, output=output, **options)
+        assert output.read_text()
+        return ended
+
+    monkeypatch.setattr(pytest_runner, "run_group", look)
+    nest = """
+        import os
+
+        def test_a(pytestconfig):
+            os.chdir(os.path.dirname(pytestconfig.getini("cache_dir")))
+            for _ in range(1500):
+                os.mkdir("d" * 9)
+                os.chdir("d" * 9)
+            os.chdir("/")
+    """
+    assert run(project({"test_a.py": nest}), level=level).green
+    ((output, mode),) = seen
+    assert mode == 0o700
+    assert output.is_relative_to(tmp_path / "temporary")
+    assert list((tmp_path / "temporary").iterdir()) == []

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from editor_client import CALC, FULL_CAPABILITIES, EditorClient, without
+from editor_client import CALC, FULL_CAPABILITIES, EditorClient, check_time, patience, without
 
 from lsp_agent.agent.request import FixResult
 from lsp_agent.cancel import CancelToken
@@ -133,17 +133,13 @@ def test_stop_while_the_model_thinks(project: Path, script: Script) -> None:
         editor.open("calc.py")
         editor.run("lspAgent.makeGreen")
         wait_for_turn(editor)
-        times = []
-        for _ in range(20):  # the editor stays responsive meanwhile
-            began = time.monotonic()
-            actions = editor.actions("calc.py")
-            times.append(time.monotonic() - began)
-        assert sorted(times)[-2] < 0.1, times
+        check_time(lambda: editor.answer_time("calc.py"), 0.1)  # the editor stays responsive meanwhile
+        actions = editor.actions("calc.py")
         began = time.monotonic()
         editor.execute(actions["source.lspAgent.stop"]["command"])
         assert "Your files are untouched" in editor.message("stopped after")
         editor.ended()
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < patience(2.0)
         assert editor.text("calc.py") == CALC
         assert (project / "calc.py").read_text() == CALC
 

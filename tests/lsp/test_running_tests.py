@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from editor_client import FULL_CAPABILITIES, EditorClient, without
+from editor_client import FULL_CAPABILITIES, EditorClient, check_time, patience, without
 
 SLOW_TEST = "import time\n\n\ndef test_slow():\n    time.sleep(60)\n"
 
@@ -71,19 +71,25 @@ def test_a_run_can_be_stopped_within_two_seconds(project: Path, way: str) -> Non
     (project / "test_slow.py").write_text(SLOW_TEST)
     with EditorClient(project) as editor:
         editor.open("calc.py")
-        editor.run("lspAgent.runTests")
-        editor.wait(lambda: editor.progress)
-        time.sleep(1.0)
-        began = time.monotonic()
-        if way == "progress":
-            editor.notify("window/workDoneProgress/cancel", {"token": next(iter(editor.progress))})
-        else:
-            actions = editor.actions("calc.py")
-            assert "Run the tests is running" in actions["source.lspAgent.runTests"]["disabled"]["reason"]
-            editor.execute(actions["source.lspAgent.stop"]["command"])
-        editor.message("stopped after")
-        editor.ended()
-        assert time.monotonic() - began < 2.0
+
+        def stop() -> float:
+            editor.messages.clear()
+            editor.progress.clear()
+            editor.run("lspAgent.runTests")
+            editor.wait(lambda: editor.progress)
+            time.sleep(1.0)
+            began = time.monotonic()
+            if way == "progress":
+                editor.notify("window/workDoneProgress/cancel", {"token": next(iter(editor.progress))})
+            else:
+                actions = editor.actions("calc.py")
+                assert "Run the tests is running" in actions["source.lspAgent.runTests"]["disabled"]["reason"]
+                editor.execute(actions["source.lspAgent.stop"]["command"])
+            editor.message("stopped after")
+            editor.ended()
+            return time.monotonic() - began
+
+        check_time(stop, 2.0)
         assert "source.lspAgent.stop" not in editor.actions("calc.py")
         assert "disabled" not in editor.actions("calc.py")["source.lspAgent.runTests"]
 
@@ -101,7 +107,7 @@ def test_a_second_job_is_refused_with_a_sentence(project: Path) -> None:
 
 def test_requests_are_answered_quickly_while_tests_burn_the_cpu(project: Path) -> None:
     (project / "test_busy.py").write_text(
-        "import time\n\n\ndef test_busy():\n    end = time.time() + 4\n    while time.time() < end: sum(range(10000))\n"
+        "import time\n\n\ndef test_busy():\n    end = time.time() + 60\n    while time.time() < end: sum(range(9))\n"
     )
     with EditorClient(project) as editor:
         editor.open("calc.py")
@@ -109,15 +115,8 @@ def test_requests_are_answered_quickly_while_tests_burn_the_cpu(project: Path) -
         editor.run("lspAgent.runTests")
         editor.wait(lambda: editor.progress)
         time.sleep(1.0)
-        times = []
-        for _ in range(30):
-            began = time.monotonic()
-            editor.actions("calc.py")
-            times.append(time.monotonic() - began)
-            time.sleep(0.03)
-        times.sort()
-        # The client and its machine are busy too: a single hiccup of the scheduler is no fault of the server.
-        assert times[-3] < 0.1, times
+        check_time(lambda: editor.answer_time("calc.py"), 0.1)
+        assert not editor.messages, "the tests still run"
         editor.run("lspAgent.stop")
         editor.ended()
 
@@ -174,7 +173,7 @@ def test_each_folder_has_its_own_jobs_and_a_removed_one_is_cancelled(tmp_path: P
         began = time.monotonic()
         editor.notify("workspace/didChangeWorkspaceFolders", event)
         editor.message("stopped after")
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < patience(2.0)
         editor.execute(slow)
         editor.message("no longer part of the workspace")
         event = {"event": {"removed": [], "added": [{"uri": roots[1].as_uri(), "name": "two"}]}}

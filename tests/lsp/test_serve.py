@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from editor_client import EditorClient
+from editor_client import EditorClient, check_time, patience
 
 HEAVY = ("numpy", "transformers", "onnxruntime", "onnx", "torch", "gguf", "tokenizers", "huggingface_hub")
 SLEEPY_TEST = """import subprocess, sys, time
@@ -25,22 +25,22 @@ def test_sleeps():
 
 
 def test_the_server_is_up_quickly_and_stays_light(project: Path) -> None:
-    times = []
-    for _ in range(3):  # the machine may be busy: the best of three says what the server needs
+    busy = []
+
+    def start() -> float:
         with EditorClient(project) as editor:
-            times.append(editor.startup_s)
             spent = psutil.Process(editor.process.pid).cpu_times()
-            cpu = spent.user + spent.system
-            editor.open("calc.py")
-            editor.run("lspAgent.runTests")
-            editor.message("1 of 2 tests failed")
-            resident = psutil.Process(editor.process.pid).memory_info().rss
-        assert resident < 150 << 20, f"{resident >> 20} MiB"
-        if times[-1] < 1.0:
-            break
-    # On a busy machine the wall clock says more about the others.
-    assert min(times) < 1.0 or psutil.getloadavg()[0] > psutil.cpu_count(), times
-    assert cpu < 1.0
+            busy.append(spent.user + spent.system)
+            return editor.startup_s
+
+    check_time(start, 1.0)
+    assert min(busy) < patience(1.0), "processor time, which other work slows less"
+    with EditorClient(project) as editor:
+        editor.open("calc.py")
+        editor.run("lspAgent.runTests")
+        editor.message("1 of 2 tests failed")
+        resident = psutil.Process(editor.process.pid).memory_info().rss
+    assert resident < 150 << 20, f"{resident >> 20} MiB"
 
 
 def test_nothing_heavy_is_imported_by_anything_the_server_runs() -> None:
@@ -65,7 +65,7 @@ def _children_with(process: psutil.Process, part: str) -> list[psutil.Process]:
 
 
 def _wait(condition, seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
+    end = time.monotonic() + patience(seconds)
     while not condition():
         if time.monotonic() > end:
             return False
@@ -96,7 +96,7 @@ def test_the_end_of_standard_input_ends_the_server_and_its_tests(sleepy: Path) -
     editor, children = sleeping_editor(sleepy)
     assert editor.process.stdin is not None
     editor.process.stdin.close()
-    assert editor.process.wait(5) == 1
+    assert editor.process.wait(patience(5)) == 1
     assert _wait(lambda: all_gone(children), 3)
     assert list((sleepy).glob(".lsp-agent*")) == []
 
@@ -106,22 +106,22 @@ def test_shutdown_cancels_a_running_job(sleepy: Path) -> None:
     began = time.monotonic()
     editor.request("shutdown", None)
     editor.notify("exit", None)
-    assert editor.process.wait(5) == 0
-    assert time.monotonic() - began < 4
+    assert editor.process.wait(patience(5)) == 0
+    assert time.monotonic() - began < patience(4)
     assert _wait(lambda: all_gone(children), 2)
 
 
 def test_exit_without_shutdown_is_an_error_code(project: Path) -> None:
     editor = EditorClient(project)
     editor.notify("exit", None)
-    assert editor.process.wait(5) == 1
+    assert editor.process.wait(patience(5)) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_server_and_its_tests(sleepy: Path, number: signal.Signals) -> None:
     editor, children = sleeping_editor(sleepy)
     editor.process.send_signal(number)
-    assert editor.process.wait(5) == 128 + number
+    assert editor.process.wait(patience(5)) == 128 + number
     assert _wait(lambda: all_gone(children), 3)
 
 
@@ -140,7 +140,7 @@ def test_a_signal_that_comes_while_the_server_holds_a_lock_ends_it_too(project: 
     try:
         command = {"command": "lspAgent.runTests", "arguments": [{"folder": project.as_uri()}]}
         editor._send({"id": 1000, "method": "workspace/executeCommand", "params": command})
-        assert editor.process.wait(10) == 128 + signal.SIGTERM
+        assert editor.process.wait(patience(10)) == 128 + signal.SIGTERM
     finally:
         editor.kill()
 

@@ -27,6 +27,7 @@ from lsp_agent.agent.tree import Originals
 from lsp_agent.cancel import CancelToken
 from lsp_agent.testing.results import TestResult, TestRun
 from lsp_agent.testing.runner import Runner
+from lsp_agent.workspace.revision import revision
 from lsp_agent.workspace.scratch import ScratchTree
 from lsp_agent.workspace.workspace import Workspace
 
@@ -46,7 +47,8 @@ def fix(
     trajectory = Trajectory()
     try:
         asked = {"root": workspace.root, "nodeids": request.nodeids, "model": request.model, "seed": request.seed}
-        trajectory.write("run", {**asked, "limits": vars(request.limits)})
+        standing = {"revision": revision(workspace.root), "limits": vars(request.limits)}
+        trajectory.write("run", {**asked, **standing})
         with Loading(open_model, request.model, cancel) as loading, ScratchTree(workspace) as scratch:
             run = _Run(request, workspace, runner, scratch, loading, trajectory, on_event, cancel)
             result = run.result()

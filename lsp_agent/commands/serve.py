@@ -31,6 +31,8 @@ def serve(tcp: int | None, model: str | None, log_level: str) -> int:
     from lsp_agent.lsp.server import create_server
 
     configure(log_level)
+    # A job's thread that computes hands over to the event loop this soon; an answer takes several such turns.
+    sys.setswitchinterval(0.001)
     server = create_server(model)
 
     def leave(number: int, _frame: FrameType | None) -> None:

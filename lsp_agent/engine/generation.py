@@ -27,7 +27,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Step:
-    """One token of sequence `index`; `text` is what it lets be shown. A stop token has no text."""
+    """One token of sequence `index`; `text` is what it lets be shown. A stop token has no text of its own."""
 
     index: int
     token: int

@@ -9,7 +9,8 @@ import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from lsp_agent.engine.architecture import ModelConfig
-from lsp_agent.engine.package import WEIGHTS, Extent, Linear, LinearPart, Package
+from lsp_agent.engine.package import CORRECTION_BLOCK, WEIGHTS, Extent, Linear, LinearPart, Package
+from lsp_agent.engine.quantisation import BlockFormat
 
 CONTRIB = "com.microsoft"
 OPSET = 21
@@ -107,26 +108,33 @@ class GraphBuilder:
             return self.op("MatMul", [x, self._external(name, part.values)])
         if self._accuracy == "exact" and part.format.bits == 8:
             # The CPU provider has no fast fp32 kernel for 8-bit codes (fifty times slower than this).
-            values = self._package.blocks(part).dequantise()
-            return self.op("MatMul", [x, self._constant(name, values.T)])
-        assert part.codes is not None and part.scales is not None
-        codes, scales = self._external(f"{name}.codes", part.codes), self._external(f"{name}.scales", part.scales)
-        product = self.op(
+            dense = self._package.blocks(part).dequantise()
+            return self.op("MatMul", [x, self._constant(name, dense.T)])
+        product = self._matmul_nbits(x, name, part, "", columns, part.format)
+        if part.corrections is None:
+            return product
+        sums = self._block_sum(x, columns, part.format.block)
+        if self._accuracy == "fast" and part.correction_codes is not None:
+            form = BlockFormat(8, CORRECTION_BLOCK, False)
+            correction = self._matmul_nbits(sums, name, part, "correction_", columns // part.format.block, form)
+        else:
+            corrections = self._external(f"{name}.corrections", part.corrections)
+            correction = self.op("FusedMatMul", [sums, corrections], domain=CONTRIB, transB=1)
+        return self.op("Add", [product, correction])
+
+    def _matmul_nbits(self, x: str, name: str, part: LinearPart, prefix: str, columns: int, form: BlockFormat) -> str:
+        extents = part.extents()
+        fields = [f"{prefix}{field}" for field in ("codes", "scales", "zero_points")]
+        return self.op(
             "MatMulNBits",
-            [x, codes, scales],
+            [x, *(self._external(f"{name}.{field}", extents[field]) for field in fields if field in extents)],
             domain=CONTRIB,
             K=columns,
             N=part.rows,
-            bits=part.format.bits,
-            block_size=part.format.block,
+            bits=form.bits,
+            block_size=form.block,
             accuracy_level=0 if self._accuracy == "exact" else 4,
         )
-        if part.corrections is None:
-            return product
-        corrections = self._external(f"{name}.corrections", part.corrections)
-        sums = self._block_sum(x, columns, part.format.block)
-        correction = self.op("FusedMatMul", [sums, corrections], domain=CONTRIB, transB=1)
-        return self.op("Add", [product, correction])
 
     def _block_sum(self, x: str, columns: int, block: int) -> str:
         """Sums of `x` over blocks of columns, computed once for all linears that read the same `x`."""

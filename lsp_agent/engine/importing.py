@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,16 @@ from lsp_agent.engine.architecture import WeightSpec
 from lsp_agent.engine.architectures import architecture
 from lsp_agent.engine.decoder import decoder_weights
 from lsp_agent.engine.gguf_file import GgufFile, GgufTensor
-from lsp_agent.engine.package import WEIGHTS, Linear, LinearPart, Rows, Weight, WeightsWriter, write_index
+from lsp_agent.engine.package import (
+    CORRECTION_BLOCK,
+    WEIGHTS,
+    Linear,
+    LinearPart,
+    Rows,
+    Weight,
+    WeightsWriter,
+    write_index,
+)
 from lsp_agent.errors import UserError
 
 CHUNK_VALUES = 1 << 22
@@ -191,21 +200,40 @@ def _write_part(
     if form is None:
         return _write_dense(writer, tensors, rows, columns, reports, progress)
     blocks = columns // form.block
-    codes = writer.reserve((rows, blocks, form.block * form.bits // 8), "uint8")
-    scales = writer.reserve((rows, blocks), "float32")
-    corrections = writer.reserve((rows, blocks), "float32") if form.corrected else None
-    first = 0
+    shapes = {"codes": ((rows, blocks, form.block * form.bits // 8), "uint8"), "scales": ((rows, blocks), "float32")}
+    if form.corrected:
+        groups = -(-blocks // CORRECTION_BLOCK)
+        shapes["zero_points"] = (rows, -(-blocks * form.bits // 8)), "uint8"
+        shapes["corrections"] = (rows, blocks), "float32"
+        shapes["correction_codes"] = (rows, groups, CORRECTION_BLOCK), "uint8"
+        shapes["correction_scales"] = (rows, groups), "float32"
+    part = LinearPart(rows, form, **{name: writer.reserve(*shape) for name, shape in shapes.items()})
+    first, roundable = 0, True
     for tensor in tensors:
         for start, raw in _row_chunks(tensor):
-            carried = quantisation.reblock(raw, tensor.type)
-            writer.write_rows(codes, first + start, carried.codes)
-            writer.write_rows(scales, first + start, carried.scales)
-            if corrections is not None and carried.corrections is not None:
-                writer.write_rows(corrections, first + start, carried.corrections)
+            arrays = _arrays(quantisation.reblock(raw, tensor.type))
+            for name, extent in part.extents().items():
+                writer.write_rows(extent, first + start, arrays[name])
+            roundable &= _roundable(arrays)
             progress.add(raw.nbytes)
         first += tensor.rows
         reports.append(_compare(tensor, form))
-    return LinearPart(rows, form, codes, scales, corrections)
+    return part if roundable else replace(part, correction_codes=None, correction_scales=None)
+
+
+def _roundable(arrays: dict[str, np.ndarray]) -> bool:
+    """Whether 8-bit corrections are as good as fp32 ones: they are unless a block's zero point had to be clipped."""
+    return "corrections" not in arrays or bool((np.abs(arrays["corrections"]) <= np.abs(arrays["scales"])).all())
+
+
+def _arrays(carried: quantisation.Blocks) -> dict[str, np.ndarray]:
+    arrays = {"codes": carried.codes, "scales": carried.scales}
+    if carried.corrections is not None and carried.zero_points is not None:
+        rounded = quantisation.quantise_8bit(carried.corrections, CORRECTION_BLOCK)
+        arrays["zero_points"] = quantisation.pack_zero_points(carried.zero_points, carried.format.bits)
+        arrays["corrections"] = carried.corrections
+        arrays["correction_codes"], arrays["correction_scales"] = rounded.codes, rounded.scales
+    return arrays
 
 
 def _compare(tensor: GgufTensor, form: quantisation.BlockFormat) -> TensorReport:

@@ -9,19 +9,20 @@ tokenizer.json, tokenizer_config.json
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from lsp_agent.engine.architecture import ModelConfig
-from lsp_agent.engine.quantisation import BlockFormat, Blocks
+from lsp_agent.engine.quantisation import BlockFormat, Blocks, unpack_zero_points
 from lsp_agent.errors import UserError
 
 FORMAT_VERSION = 1
 WEIGHTS = "weights.bin"
 PAGE = 4096
+CORRECTION_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,28 @@ class Extent:
 
 @dataclass(frozen=True)
 class LinearPart:
-    """Consecutive rows of a linear in one format; without a format, `values` is dense fp32 [columns, rows]."""
+    """Consecutive rows of a linear in one format; without a format, `values` is dense fp32 [columns, rows].
+
+    Corrections are kept in fp32 and, for the fast graph, also as 8-bit codes in blocks of `CORRECTION_BLOCK`.
+    """
 
     rows: int
     format: BlockFormat | None
     codes: Extent | None = None
     scales: Extent | None = None
+    zero_points: Extent | None = None
     corrections: Extent | None = None
+    correction_codes: Extent | None = None
+    correction_scales: Extent | None = None
     values: Extent | None = None
+
+    def extents(self) -> dict[str, Extent]:
+        """The arrays that this part has, by field name."""
+        present = {name: getattr(self, name) for name in _EXTENT_FIELDS}
+        return {name: extent for name, extent in present.items() if extent is not None}
+
+
+_EXTENT_FIELDS = tuple(field.name for field in fields(LinearPart) if field.name not in ("rows", "format"))
 
 
 @dataclass(frozen=True)
@@ -112,7 +127,7 @@ def _decode(entry: dict[str, Any]) -> Weight:
         LinearPart(
             rows=part["rows"],
             format=None if part["format"] is None else BlockFormat(**part["format"]),
-            **{key: _extent(part[key]) for key in ("codes", "scales", "corrections", "values")},
+            **{key: _extent(part.get(key)) for key in _EXTENT_FIELDS},
         )
         for part in entry["parts"]
     ]
@@ -147,14 +162,14 @@ class Package:
             raise UserError(f"{path / WEIGHTS} is truncated; install or import the model again.")
 
     def _needed(self) -> int:
-        extents: list[Extent | None] = []
+        extents: list[Extent] = []
         for weight in self.weights.values():
             if isinstance(weight, Linear):
                 for part in weight.parts:
-                    extents += [part.codes, part.scales, part.corrections, part.values]
+                    extents += part.extents().values()
             else:
                 extents.append(weight.blocks if isinstance(weight, Rows) else weight)
-        return max((e.offset + e.nbytes for e in extents if e is not None), default=0)
+        return max((e.offset + e.nbytes for e in extents), default=0)
 
     def array(self, extent: Extent) -> np.ndarray:
         """A read-only view of the mapped file."""
@@ -164,4 +179,7 @@ class Package:
         """The quantised blocks of a part that has a format."""
         assert part.format is not None and part.codes is not None and part.scales is not None
         corrections = None if part.corrections is None else self.array(part.corrections)
-        return Blocks(part.format, self.array(part.codes), self.array(part.scales), corrections)
+        codes, zero_points = self.array(part.codes), None
+        if part.zero_points is not None:
+            zero_points = unpack_zero_points(self.array(part.zero_points), part.format.bits, codes.shape[1])
+        return Blocks(part.format, codes, self.array(part.scales), corrections, zero_points)

@@ -30,6 +30,16 @@ def test_report_and_progress(checkpoint, tmp_path):
     assert seen[-1][0] == seen[-1][1]
 
 
+def test_corrections_are_rounded_only_where_that_costs_nothing(tiny_package):
+    def parts(kind):
+        linear = Package(tiny_package(kind)).weights["blk.0.attn_qkv"]
+        return [part for part in linear.parts if part.corrections is not None]
+
+    assert all(part.correction_codes is not None for part in parts(Type.Q4_K))
+    assert all(part.correction_codes is None for part in parts(Type.Q4_1))  # its zero lies outside the codes' range
+    assert parts(Type.Q4_K) and parts(Type.Q4_1) and not parts(Type.Q8_0)
+
+
 def test_importing_again_replaces_the_package(checkpoint, tmp_path):
     package = tmp_path / "p"
     import_checkpoint(checkpoint, package)

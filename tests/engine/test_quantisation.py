@@ -5,9 +5,15 @@ import pytest
 from gguf import quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_checkpoint import QUANTISED, random_blocks
+from tiny_checkpoint import QUANTISED, Type, random_blocks
 
-from lsp_agent.engine.quantisation import CARRIERS, quantise_8bit, reblock
+from lsp_agent.engine.quantisation import (
+    CARRIERS,
+    pack_zero_points,
+    quantise_8bit,
+    reblock,
+    unpack_zero_points,
+)
 
 
 @pytest.mark.parametrize("kind", QUANTISED, ids=lambda kind: kind.name)
@@ -19,7 +25,9 @@ def test_reblocking_equals_gguf_s_dequantisation(kind, seed, rows, super_blocks)
     carried = reblock(raw, kind)
     np.testing.assert_allclose(carried.dequantise(), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
     assert carried.codes.shape[1] * carried.format.block == 256 * super_blocks
-    assert (carried.corrections is not None) == carried.format.corrected
+    assert (carried.corrections is not None) == (carried.zero_points is not None) == carried.format.corrected
+    if kind in (Type.Q4_K, Type.Q5_K):
+        assert (np.abs(carried.corrections) <= 0.5001 * carried.scales).all()
 
 
 def test_every_quantised_type_is_tested():
@@ -32,3 +40,11 @@ def test_8_bit_rounding_is_within_half_a_step():
     blocks = quantise_8bit(values, 64)
     error = np.abs(blocks.dequantise() - values).reshape(4, 4, 64)
     assert (error <= blocks.scales[..., None] * 0.5 * 1.0001).all()
+
+
+@given(st.sampled_from([4, 8]), st.integers(1, 3), st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_zero_points_survive_packing(bits, rows, blocks, seed):
+    values = np.random.RandomState(seed).randint(0, 2**bits, (rows, blocks)).astype(np.uint8)
+    packed = pack_zero_points(values, bits)
+    assert packed.shape == (rows, -(-blocks * bits // 8))
+    np.testing.assert_array_equal(unpack_zero_points(packed, bits, blocks), values)

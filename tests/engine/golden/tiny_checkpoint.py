@@ -47,9 +47,11 @@ def random_blocks(kind: Type, rows: int, columns: int, random: np.random.RandomS
 
     typical = {Type.Q4_0: 0.01, Type.Q4_1: 0.01, Type.Q5_0: 0.005, Type.Q5_1: 0.005, Type.Q8_0: 0.0007}
     if kind in (Type.Q4_K, Type.Q5_K):
-        step = 0.01 if kind == Type.Q4_K else 0.005
+        step, middle = (0.01, 7) if kind == Type.Q4_K else (0.005, 15)
         raw[..., 0:2] = half(step / 32)
-        raw[..., 2:4] = half(0.08 / 32)
+        # As in real checkpoints, zero lies within the codes' range; in Q4_1 and Q5_1 below it does not always.
+        raw[..., 2:4] = (raw[..., 0:2].view(np.float16) * np.float16(middle)).view(np.uint8)
+        raw[..., 4:8] |= 0xA0  # all eight scales of a super-block are at least 32
     elif kind == Type.Q6_K:
         raw[..., 208:] = half(0.00003)
     else:

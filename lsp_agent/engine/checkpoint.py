@@ -40,7 +40,10 @@ class Checkpoint(Protocol):
     """A checkpoint on disk, opened: nothing but its headers has been read."""
 
     path: Path
-    tensors: Mapping[str, CheckpointTensor]
+
+    @property
+    def tensors(self) -> Mapping[str, CheckpointTensor]:
+        """The tensors by GGUF's names."""
 
     @property
     def architecture(self) -> str:

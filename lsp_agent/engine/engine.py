@@ -13,10 +13,10 @@ from lsp_agent.chat_model import Message, Sampling, TokenScore
 from lsp_agent.engine.architecture import ModelConfig
 from lsp_agent.engine.generation import Generation
 from lsp_agent.engine.graph import Accuracy
-from lsp_agent.engine.kv_cache import PrefixCache
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.sampling import log_softmax
 from lsp_agent.engine.session import Decoder
+from lsp_agent.engine.state import PrefixCache
 from lsp_agent.engine.tokens import Tokenizer
 from lsp_agent.errors import UserError
 
@@ -38,7 +38,7 @@ class Engine:
         self.threads = threads
         self.tokenizer = Tokenizer(package)
         self._decoder = Decoder(package, threads, context, accuracy)
-        self._prefixes = PrefixCache(package.config, self._decoder.states, context)
+        self._prefixes = PrefixCache(self._decoder.states, context)
 
     @classmethod
     def load(
@@ -89,13 +89,13 @@ class Engine:
         """Natural-log probability of each of `ids[1:]` given all tokens before it."""
         if len(ids) > self.context_length:
             raise UserError(f"The text has {len(ids)} tokens and the context holds {self.context_length}; shorten it.")
-        cache = self._prefixes.empty()
+        state = self._prefixes.empty()
         scores: list[float] = []
         for start in range(0, len(ids) - 1, SCORE_CHUNK):
             cancel.raise_if_cancelled()
             part, following = ids[start : start + SCORE_CHUNK], ids[start + 1 : start + SCORE_CHUNK + 1]
-            logits = self._decoder.run(np.array([part], np.int64), cache, range(len(following)), cancel)
-            cache.extend(part)
+            logits = self._decoder.run(np.array([part], np.int64), state, range(len(following)), cancel)
+            state.extend(part)
             scores.extend(log_softmax(logits)[np.arange(len(following)), following].tolist())
         return scores
 

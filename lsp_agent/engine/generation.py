@@ -11,9 +11,9 @@ import numpy as np
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Completion, Sampling, Usage
-from lsp_agent.engine.kv_cache import KvCache, PrefixCache
 from lsp_agent.engine.sampling import Sampler, log_probability
 from lsp_agent.engine.session import Decoder
+from lsp_agent.engine.state import PrefixCache, State
 from lsp_agent.engine.tokens import StopStrings, TextStream, Tokenizer
 from lsp_agent.errors import UserError
 
@@ -57,16 +57,17 @@ class _Sequence:
 
 
 def prefill(
-    decoder: Decoder, cache: KvCache, ids: Sequence[int], cancel: CancelToken, chunk: int = PREFILL_CHUNK
+    decoder: Decoder, state: State, ids: Sequence[int], cancel: CancelToken, chunk: int = PREFILL_CHUNK
 ) -> np.ndarray:
-    """Read `ids` after what `cache` holds; returns the last token's logits [vocabulary]."""
+    """Read `ids` after what `state` has read; returns the last token's logits [vocabulary]."""
     logits = np.empty((0, decoder.config.vocabulary), np.float32)
     for start in range(0, len(ids), chunk):
         cancel.raise_if_cancelled()
         part = list(ids[start : start + chunk])
         rows = [len(part) - 1] if start + chunk >= len(ids) else []
-        logits = decoder.run(np.array([part], np.int64), cache, rows, cancel)
-        cache.extend(part)
+        logits = decoder.run(np.array([part], np.int64), state, rows, cancel)
+        state.extend(part)
+        state.checkpoint()
     return logits[0]
 
 
@@ -109,15 +110,15 @@ class Generation(Iterator[Step]):
         if self._limit <= 0:
             return
         started = time.perf_counter()
-        cache = self._prefixes.take(self._prompt)
-        self.timings.cached_tokens = cache.length
-        first = prefill(self._decoder, cache, self._prompt[cache.length :], self._cancel)
+        state = self._prefixes.take(self._prompt)
+        self.timings.cached_tokens = state.length
+        first = prefill(self._decoder, state, self._prompt[state.length :], self._cancel)
         self.timings.prefill_s = time.perf_counter() - started
         live = self._sequences
         logits = np.broadcast_to(first, (len(live), len(first)))
         if len(live) > 1:
-            shared, cache = cache, self._batch_cache(len(live))
-            cache.copy_prefix(shared, shared.length)
+            shared, state = state, self._batch_cache(len(live))
+            state.copy_prefix(shared, shared.length)
         while True:
             kept = []
             for row, sequence in enumerate(live):
@@ -131,17 +132,17 @@ class Generation(Iterator[Step]):
             started = time.perf_counter()
             if len(kept) < len(live):
                 live = [live[row] for row in kept]
-                cache.keep(kept)
+                state.keep(kept)
             last = np.array([[sequence.tokens[-1]] for sequence in live], np.int64)
-            logits = self._decoder.run(last, cache, range(len(live)))
+            logits = self._decoder.run(last, state, range(len(live)))
             if len(self._sequences) == 1:
-                cache.extend([live[0].tokens[-1]])
+                state.extend([live[0].tokens[-1]])
             else:
-                cache.length += 1
+                state.length += 1
             self.timings.decode_s += time.perf_counter() - started
 
-    def _batch_cache(self, batch: int) -> KvCache:
-        return KvCache(self._decoder.config, self._decoder.states, len(self._prompt) + self._limit, batch)
+    def _batch_cache(self, batch: int) -> State:
+        return State(self._decoder.states, len(self._prompt) + self._limit, batch)
 
     def _advance(self, sequence: _Sequence, logits: np.ndarray) -> Step:
         started = time.perf_counter()

@@ -87,6 +87,7 @@ class GgufFile:
 
     def config(self) -> ModelConfig:
         """See `Checkpoint.config`."""
+        _ = self.architecture  # says so when it is unknown, before any number is missed
         embedding = self.tensors.get("token_embd.weight")
         if embedding is None:
             raise UserError(f"{self.path} lacks the tensor token_embd.weight; use a complete checkpoint of the model.")

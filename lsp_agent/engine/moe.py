@@ -14,14 +14,14 @@ SHARED = "_shexp"
 
 @dataclass(frozen=True)
 class MoeMlp:
-    """The top experts of the router's softmax, weighted by it; `experts.shared_intermediate` adds a shared one."""
+    """The top experts of the router's softmax, weighted by it, and a `shared` one behind a sigmoid gate."""
 
     experts: ExpertsConfig
+    shared: bool
 
     @property
     def _shared(self) -> DenseMlp | None:
-        width = self.experts.shared_intermediate
-        return DenseMlp(width, SHARED) if width else None
+        return DenseMlp(self.experts.shared_intermediate, SHARED) if self.shared else None
 
     def weights(self, config: ModelConfig, prefix: str) -> Sequence[WeightSpec]:
         """The router in fp32, the experts' projections (gate and up interleaved), and the shared expert."""
@@ -53,7 +53,7 @@ class MoeMlp:
         return graph.op("GatedAdd", [routed, shared, gate], domain=CONTRIB)
 
 
-def mlp_of_block(config: ModelConfig, index: int) -> Layer:
+def mlp_of_block(config: ModelConfig, index: int, shared: bool) -> Layer:
     """The MLP of a block of a mixture of experts, some of whose blocks may be dense."""
     experts = config.experts
-    return DenseMlp() if experts is None or index in experts.dense_layers else MoeMlp(experts)
+    return DenseMlp() if experts is None or index in experts.dense_layers else MoeMlp(experts, shared)

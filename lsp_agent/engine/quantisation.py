@@ -12,8 +12,9 @@ types follow ggml's `block_*` structures, the same that `gguf.quants.dequantize`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
@@ -197,3 +198,73 @@ def quantise_8bit(values: Array, block: int) -> Blocks:
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
     codes = (np.rint(grouped * inverse[..., None]) + 128).astype(np.uint8)
     return Blocks(BlockFormat(8, block, False), codes, scales.astype(np.float32), None)
+
+
+def quantise_4bit(values: Array, block: int) -> Blocks:
+    """Round fp32 rows [rows, columns] to symmetric 4-bit codes of 0 to 15, zero point 8.
+
+    Of several scales around the one that maps the largest value to -8, each refitted by least squares to the codes
+    that it gives, the one with the least error is taken; errors of large values weigh more (as in ggml's
+    `make_qx_quants`, weights x^2), since outputs depend on them most.
+    """
+    rows, columns = values.shape
+    grouped = values.reshape(rows, columns // block, block)
+    index = np.abs(grouped).argmax(axis=-1)[..., None]
+    extreme = np.take_along_axis(grouped, index, axis=-1)[..., 0]
+    weights = grouped**2 + (grouped**2).mean(axis=-1, keepdims=True)
+    best_error = np.full(extreme.shape, np.inf, np.float32)
+    best_scale = np.zeros(extreme.shape, np.float32)
+    best_codes = np.zeros(grouped.shape, np.float32)
+    for divisor in np.arange(-9.2, -6.9, 0.2, dtype=np.float32):
+        inverse = np.divide(divisor, extreme, out=np.zeros_like(extreme), where=extreme != 0)
+        codes = np.clip(np.rint(grouped * inverse[..., None]), -8, 7)
+        norm = (weights * codes**2).sum(axis=-1)
+        scale = np.divide((weights * codes * grouped).sum(axis=-1), norm, out=np.zeros_like(norm), where=norm > 0)
+        error = (weights * (grouped - codes * scale[..., None]) ** 2).sum(axis=-1)
+        better = error < best_error
+        best_error, best_scale = np.where(better, error, best_error), np.where(better, scale, best_scale)
+        best_codes = np.where(better[..., None], codes, best_codes)
+    codes = (best_codes + 8).astype(np.uint8)
+    return Blocks(BlockFormat(4, block, False), codes[..., 0::2] | (codes[..., 1::2] << 4), best_scale)
+
+
+def quantise(values: Array, form: BlockFormat) -> Blocks:
+    """Round fp32 rows [rows, columns], whole blocks, to a symmetric format of 4 or 8 bits."""
+    assert not form.corrected
+    return (quantise_4bit if form.bits == 4 else quantise_8bit)(values, form.block)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How floating-point matrices are rounded: `ordinary` ones and `sensitive` ones (head, router); None keeps fp32."""
+
+    ordinary: BlockFormat | None
+    sensitive: BlockFormat | None
+
+    def format_of(self, kind: Type, columns: int, sensitive: bool) -> BlockFormat | None:
+        """The format of a matrix with rows of `columns` values of a GGUF type; None is dense fp32."""
+        if kind in CARRIERS:
+            return CARRIERS[kind].format
+        form = self.sensitive if sensitive else self.ordinary
+        return None if form is None or columns % form.block else form
+
+    def experts_format(self, kinds: Sequence[Type], columns: int) -> BlockFormat | None:
+        """The format of experts whose sources have these types.
+
+        `QMoE` knows one block size and no corrections: symmetric types in blocks of 32 are carried, others rounded.
+        """
+        if not any(kind in CARRIERS for kind in kinds):
+            return self.format_of(kinds[0], columns, sensitive=False)
+        formats = {CARRIERS[kind].format if kind in CARRIERS else EXPERTS_FALLBACK for kind in kinds}
+        carried = formats.pop()
+        alike = not formats and carried.block == EXPERTS_FALLBACK.block and not carried.corrected
+        return carried if alike else EXPERTS_FALLBACK
+
+
+EXPERTS_FALLBACK = BlockFormat(8, 32, False)
+SchemeName = Literal["keep", "int8", "int4"]
+SCHEMES: dict[SchemeName, Scheme] = {
+    "keep": Scheme(None, None),
+    "int8": Scheme(BlockFormat(8, 32, False), BlockFormat(8, 32, False)),
+    "int4": Scheme(BlockFormat(4, 32, False), BlockFormat(8, 32, False)),
+}

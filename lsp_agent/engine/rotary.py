@@ -7,11 +7,16 @@ import math
 import numpy as np
 
 from lsp_agent.engine.architecture import ModelConfig, RopeScaling
+from lsp_agent.errors import UserError
 
 
 def rotary_tables(config: ModelConfig, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines [context, rotary size / 2], fp32 (Su et al., 2021)."""
+    """Cosines and sines [context, rotary size / 2], fp32 (Su et al., 2021); `UserError` for odd sizes."""
     size = config.rotary_size
+    if size % 16:
+        raise UserError(
+            f"The model rotates {size} elements a head, and ONNX Runtime only multiples of 16; use another."
+        )
     frequencies = config.rope_base ** (-np.arange(0, size, 2, dtype=np.float64) / size)
     scale = 1.0
     if config.rope_scaling is not None:

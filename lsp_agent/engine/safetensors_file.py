@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
@@ -79,12 +80,12 @@ def read_safetensors(path: Path) -> dict[str, SafeTensor]:
         raise UserError(f"{path} is truncated or damaged ({error}); download it again.") from error
 
 
-def _tensor(name: str, entry: dict[str, object], data: np.ndarray) -> SafeTensor:
-    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[misc]
+def _tensor(name: str, entry: dict[str, Any], data: np.ndarray) -> SafeTensor:
+    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in _WIDTH:
         raise UserError(f"Tensor {name} has the type {dtype}, which is not supported; use a BF16 or FP8 checkpoint.")
-    shape = tuple(int(n) for n in shape)  # type: ignore[attr-defined]
-    if end - start != math.prod(shape) * _WIDTH[dtype] or not 0 <= start <= end <= data.size:  # type: ignore[index]
+    shape = tuple(int(n) for n in shape)
+    if end - start != math.prod(shape) * _WIDTH[dtype] or not 0 <= start <= end <= data.size:
         raise ValueError(f"tensor {name} has a wrong size")
     rows = math.prod(shape[:-1])
     return SafeTensor(name, str(dtype), shape, data[start:end].reshape(rows, -1))

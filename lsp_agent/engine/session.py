@@ -1,4 +1,4 @@
-"""The decoder as an ONNX Runtime session: embeddings and a cache in, logits out, everything in place."""
+"""The decoder as an ONNX Runtime session: embeddings and a state in, logits and the next state out."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lsp_agent.engine.architectures import architecture
 from lsp_agent.engine.decoder import EMBEDDING, build_decoder
 from lsp_agent.engine.embedding import Embedding
 from lsp_agent.engine.graph import Accuracy, GraphBuilder
-from lsp_agent.engine.kv_cache import KvCache
 from lsp_agent.engine.package import Package
+from lsp_agent.engine.state import State
 from lsp_agent.errors import Cancelled, UserError
 
 CANCEL_POLL_S = 0.05
 
 
 class Decoder:
-    """Runs tokens through the model and appends their keys and values to a `KvCache`."""
+    """Runs tokens through the model and moves a `State` on."""
 
     def __init__(self, package: Package, threads: int, context: int, accuracy: Accuracy) -> None:
         self.config = package.config
@@ -38,16 +38,14 @@ class Decoder:
         except Exception as error:  # ORT raises its own untyped errors
             raise UserError(f"ONNX Runtime cannot load {package.path} ({error}); import the model again.") from error
 
-    def run(
-        self, ids: np.ndarray, cache: KvCache, rows: Sequence[int], cancel: CancelToken | None = None
-    ) -> np.ndarray:
-        """Append `ids` [batch, length] to `cache` and return logits [len(rows), vocabulary], fp32.
+    def run(self, ids: np.ndarray, state: State, rows: Sequence[int], cancel: CancelToken | None = None) -> np.ndarray:
+        """Append `ids` [batch, length] to `state` and return logits [len(rows), vocabulary], fp32.
 
-        `rows` index the batch * length positions. The caller counts the tokens (`cache.extend`).
-        Raises `Cancelled` within a few operators of `cancel`; the cache is then as before.
+        `rows` index the batch * length positions. The caller counts the tokens (`state.extend`).
+        Raises `Cancelled` within a few operators of `cancel`; the state is then as before.
         """
         batch, length = ids.shape
-        total = cache.length + length
+        total = state.length + length
         binding = self._session.io_binding()
         inputs = {  # the binding borrows these arrays, so they must outlive the run
             "embeddings": self._embed(ids.reshape(-1)).reshape(batch, length, -1),
@@ -58,9 +56,7 @@ class Decoder:
         for name, value in inputs.items():
             binding.bind_cpu_input(name, value)
         binding.bind_output("logits", "cpu")  # first: outputs come back in the order of binding
-        for state, present in self.states.items():
-            binding.bind_ortvalue_input(state, cache.values[state])
-            binding.bind_ortvalue_output(present, cache.values[state])
+        state.bind(binding)
         options = ort.RunOptions()
         done = threading.Event()
         watcher = _terminate_on_cancel(options, cancel, done) if cancel is not None and length > 1 else None
@@ -74,6 +70,7 @@ class Decoder:
             done.set()
             if watcher is not None:
                 watcher.join()
+        state.commit()
         return binding.get_outputs()[0].numpy()[0]
 
 

@@ -10,9 +10,7 @@ from lsp_agent.engine.architectures.qwen3_moe import QWEN3_MOE
 from lsp_agent.engine.architectures.qwen3_next import QWEN3_NEXT
 from lsp_agent.errors import UserError
 
-ARCHITECTURES = {
-    architecture.name: architecture for architecture in (QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, QWEN3_NEXT)
-}
+ARCHITECTURES = {architecture.name: architecture for architecture in (QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, QWEN3_NEXT)}
 
 
 def architecture(name: str) -> Architecture:

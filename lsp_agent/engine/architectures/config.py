@@ -102,7 +102,9 @@ def _hf_config(values: dict[str, Any], path: Path, architecture: str) -> ModelCo
     hidden, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
     layers, head_size = int(values["num_hidden_layers"]), int(values.get("head_dim") or hidden // heads)
     if values.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path} uses the activation {values['hidden_act']!r}, which is not supported; use SiLU models.")
+        raise UserError(
+            f"{path} uses the activation {values['hidden_act']!r}, which is not supported; use another model."
+        )
     if values.get("use_sliding_window"):
         raise UserError(f"{path} uses sliding-window attention, which is not supported; use a checkpoint without it.")
     rope = values.get("rope_parameters") or {**(values.get("rope_scaling") or {})}

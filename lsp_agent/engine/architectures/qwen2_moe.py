@@ -8,7 +8,7 @@ from lsp_agent.engine.moe import mlp_of_block
 
 
 def _block(config: ModelConfig, index: int) -> Block:
-    return Block(Attention(bias=config.attention_bias), mlp_of_block(config, index))
+    return Block(Attention(bias=config.attention_bias), mlp_of_block(config, index, shared=True))
 
 
 QWEN2_MOE = Architecture(name="qwen2moe", hf_name="qwen2_moe", block=_block)

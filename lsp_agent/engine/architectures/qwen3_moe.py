@@ -9,7 +9,7 @@ from lsp_agent.engine.moe import mlp_of_block
 
 def _block(config: ModelConfig, index: int) -> Block:
     bias = config.attention_bias
-    return Block(Attention(bias=bias, output_bias=bias, qk_norm=True), mlp_of_block(config, index))
+    return Block(Attention(bias=bias, output_bias=bias, qk_norm=True), mlp_of_block(config, index, shared=False))
 
 
 QWEN3_MOE = Architecture(name="qwen3moe", hf_name="qwen3_moe", block=_block)

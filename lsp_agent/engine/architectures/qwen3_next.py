@@ -1,4 +1,4 @@
-"""Qwen3-Next (Qwen3-Coder-Next): three blocks of Gated DeltaNet to one of gated attention, routed and shared experts."""
+"""Qwen3-Next (Qwen3-Coder-Next): Gated DeltaNet and, in every fourth block, gated attention; routed experts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _block(config: ModelConfig, index: int) -> Block:
     mixer: Layer = Attention(bias=bias, output_bias=bias, qk_norm=True, gate=True)
     if config.linear_attention is not None and index in config.linear_attention.layers:
         mixer = GatedDeltaNet()
-    return Block(mixer, mlp_of_block(config, index))
+    return Block(mixer, mlp_of_block(config, index, shared=True))
 
 
 QWEN3_NEXT = Architecture(

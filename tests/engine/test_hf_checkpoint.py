@@ -72,7 +72,7 @@ def test_fp8_blocks_are_multiplied_by_their_scales(tmp_path):
 
 
 def test_layouts_are_gguf_s(hf_folder):
-    config, weights = saved()
+    _, weights = saved()
     tensors = open_checkpoint(hf_folder(NEXT)).tensors
     packed = weights["model.layers.0.linear_attn.in_proj_qkvz.weight"].reshape(2, -1, 64)  # 2 key heads
     parts = np.split(packed, np.cumsum([16, 16, 48]), axis=1)

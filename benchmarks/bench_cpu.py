@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -21,6 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "lsp_agent" / "engine"
@@ -40,8 +41,7 @@ def own_worker(package: Path, threads: int, context: int) -> None:
         generation = engine.generate(request["ids"], Sampling(max_tokens=request["tokens"]), CancelToken(), stop_ids=())
         produced = [step.token for step in generation]
         timings = generation.timings
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        answer = {"prefill_s": timings.prefill_s, "decode_s": timings.decode_s, "produced": produced, "peak_mb": peak}
+        answer = {"prefill_s": timings.prefill_s, "decode_s": timings.decode_s, "produced": produced}
         print(json.dumps(answer), flush=True)
 
 
@@ -62,6 +62,10 @@ class Worker:
         self._process.stdin.write(json.dumps({"ids": ids, "tokens": tokens}) + "\n")
         self._process.stdin.flush()
         return self._read()
+
+    def resident_mb(self) -> float:
+        """Resident memory now, mapped weights included, in MB."""
+        return psutil.Process(self._process.pid).memory_info().rss / 1e6
 
     def close(self) -> None:
         assert self._process.stdin
@@ -84,6 +88,7 @@ def compare(arguments: argparse.Namespace, package: Path, threads: int, ids: lis
     for _ in range(arguments.rounds):
         for name, worker in workers.items():
             samples[name].append(worker.ask(ids, arguments.tokens))
+    memory = {name: worker.resident_mb() for name, worker in workers.items()}
     for worker in workers.values():
         worker.close()
     row: dict[str, Any] = {"threads": threads, "load": os.getloadavg()[0]}
@@ -91,7 +96,7 @@ def compare(arguments: argparse.Namespace, package: Path, threads: int, ids: lis
         row[name] = {
             "prefill": len(ids) / statistics.median(run["prefill_s"] for run in runs),
             "decode": (arguments.tokens - 1) / statistics.median(run["decode_s"] for run in runs),
-            "peak_mb": max(run["peak_mb"] for run in runs),
+            "resident_mb": memory[name],
             "runs": [{k: run[k] for k in ("prefill_s", "decode_s")} for run in runs],
         }
     ours, theirs = (samples[name][0]["produced"] for name in workers)
@@ -122,11 +127,13 @@ def main() -> None:
         ids = Tokenizer(Package(package)).encode(text)[: arguments.prompt]
         rows = [compare(arguments, package, threads, ids) for threads in arguments.threads]
     print(f"{arguments.gguf.name}, {platform.machine()}, {os.cpu_count()} cores, prompt {len(ids)}, tokens a second")
-    print("threads | prefill ours / llama.cpp = ratio | decode ours / llama.cpp = ratio | peak MB | load")
+    print("threads | prefill ours / llama.cpp = ratio | decode ours / llama.cpp = ratio | resident MB | load")
     for row in rows:
         a, b = row["ours"], row["llama.cpp"]
         cells = [f"{a[k]:.1f} / {b[k]:.1f} = {a[k] / b[k]:.2f}" for k in ("prefill", "decode")]
-        print(row["threads"], *cells, f"{a['peak_mb']:.0f} / {b['peak_mb']:.0f}", f"{row['load']:.1f}", sep=" | ")
+        print(
+            row["threads"], *cells, f"{a['resident_mb']:.0f} / {b['resident_mb']:.0f}", f"{row['load']:.1f}", sep=" | "
+        )
         print(f"  first {row['same_tokens']} greedy tokens alike")
     if arguments.json:
         arguments.json.write_text(json.dumps({"model": arguments.gguf.name, "rows": rows}, indent=1))

@@ -26,7 +26,6 @@ for await (const line of createInterface({input: process.stdin})) {
         if (produced.length >= tokens) break;
     }
     console.log(JSON.stringify({
-        prefill_s: (first - started) / 1000, decode_s: (last - first) / 1000, produced,
-        peak_mb: process.resourceUsage().maxRSS / 1024
+        prefill_s: (first - started) / 1000, decode_s: (last - first) / 1000, produced
     }));
 }

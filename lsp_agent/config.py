@@ -79,13 +79,16 @@ def load_settings(root: Path | None, options: Mapping[str, Any] | None = None) -
     given = _snake_case(options or {})
     workspace_file = _read(root / FILE_NAME) if root is not None else {}
     try:
-        return Settings(**{"_workspace_file": workspace_file, **given})
+        settings = Settings(**{"_workspace_file": workspace_file, **given})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"
         where = "the editor's options" if name in given else FILE_NAME if name in workspace_file else "the environment"
         what = "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"].rstrip(".").lower()
         raise UserError(f"The setting {name!r} in {where} is not usable: {what}.", ExitCode.USAGE) from error
+    if settings.interpreter is None or root is None:
+        return settings
+    return settings.model_copy(update={"interpreter": root / settings.interpreter})  # as it is, if it is absolute
 
 
 def _snake_case(options: Mapping[str, Any]) -> dict[str, Any]:

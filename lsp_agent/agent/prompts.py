@@ -165,18 +165,17 @@ def score_text(view: View, problem: Problem | None) -> tuple[str, int] | None:
 
 def rewrite(view: View, problem: Problem, *, diagnose: bool) -> list[Message]:
     """Ask for the whole function, corrected; `diagnose` asks what is wrong first."""
-    ask = (
-        "First say in one sentence what is wrong. Then write the whole corrected function in one ```python block."
-        if diagnose
-        else "Write the whole corrected function in one ```python block, nothing else."
-    )
-    parts = [
-        f"The function below has a bug.\n```python\n{view.head.strip()}\n\n{view.code}\n```".replace("\n\n\n", "\n")
-    ]
+    name = view.region.name.rpartition(".")[2]
+    write = f"the whole corrected function `{name}`, and nothing else of the file, in one ```python block"
+    ask = f"First say in one sentence what is wrong. Then write {write}." if diagnose else f"Write {write}."
+    parts = []
+    if view.head.strip():
+        parts.append(f"The code around it:\n```python\n{view.head.strip()}\n```")
+    parts.append(f"This function has a bug:\n```python\n{view.code}\n```")
     if problem.test:
         parts.append(f"This test fails:\n```python\n{problem.test}\n```")
     parts.append(f"The failure:\n```\n{problem.failure}\n```")
-    parts.append(ask + " Do not change the test or the function's name.")
+    parts.append(f"{ask} Do not change the test or the function's name.")
     return [
         {"role": "system", "content": "You fix bugs in Python code with the smallest change."},
         {"role": "user", "content": "\n\n".join(parts)},

@@ -118,9 +118,11 @@ class Search:
             body = self._small_body(v)
             if body is not None:
                 yield cloze.ask("sampled body", v, body, self.problem, self.tokens, sampling=hot, n=3)
+        plain = round_number % 2 == 1
         for place in spans[: 6 * round_number]:
             hinted = place.span.kind in ("statement", "header")
-            yield self._cloze("hinted cloze" if hinted else "sampled cloze", place, hot, 4, hinted=hinted)
+            stage = "hinted cloze" if hinted else "sampled cloze"
+            yield self._cloze(stage, place, hot, 4, hinted=hinted, plain=plain)
         yield from self._second_edits()
         for place in self._places(views, group_spans, by_mean=True)[:4]:
             yield self._cloze("sampled group", place, hot, 3)
@@ -182,9 +184,18 @@ class Search:
         return sorted(places, key=lambda p: (-p.total, p.span.start - p.span.end))[:MOST_PLACES]
 
     def _cloze(
-        self, stage: str, p: Place, sampling: Sampling | None = None, n: int = 1, *, hinted: bool = False
+        self,
+        stage: str,
+        p: Place,
+        sampling: Sampling | None = None,
+        n: int = 1,
+        *,
+        hinted: bool = False,
+        plain: bool = False,
     ) -> Ask:
-        return cloze.ask(stage, p.view, p.span, self.problem, self.tokens, sampling=sampling, n=n, hinted=hinted)
+        """`plain` shows the test as code in front instead of as a file of its own: another prompt, other answers."""
+        tokens = None if plain else self.tokens
+        return cloze.ask(stage, p.view, p.span, self.problem, tokens, sampling=sampling, n=n, hinted=hinted)
 
     def _small_body(self, v: View) -> Span | None:
         body = body_span(v.source.text, v.region)

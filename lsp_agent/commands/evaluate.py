@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import threading
 from pathlib import Path
@@ -51,6 +52,7 @@ def humanevalfix(
     from lsp_agent.evals import harness
     from lsp_agent.evals.humanevalfix import load
 
+    os.environ[harness.NO_PLUGINS] = "1"
     tasks = load(file)
     if names:
         wanted = {n.strip() for n in names.split(",")}

@@ -30,12 +30,10 @@ NAMES_SHOWN = 20
 @click.argument("path", default=".", type=click.Path(path_type=Path))
 @click.option("--test", "tests", multiple=True, metavar="NODEID", help="Fix this test only (repeatable).")
 @click.option("--model", help="An installed model (default: what `lsp-agent doctor` names).")
-@click.option("--max-turns", type=click.IntRange(1), default=300, show_default=True, help="Most calls of the model.")
-@click.option("--max-seconds", type=click.FloatRange(1), default=600, show_default=True, help="Most time.")
+@click.option("--max-turns", type=click.IntRange(1), help="Most calls of the model (default: 300).")
+@click.option("--max-seconds", type=click.FloatRange(1), help="Most time (default: 600).")
 @click.option("--max-tokens", type=click.IntRange(1), default=400_000, show_default=True, help="Most tokens.")
-@click.option(
-    "--test-timeout", type=click.FloatRange(1), default=120, show_default=True, help="Most seconds a test run."
-)
+@click.option("--test-timeout", type=click.FloatRange(1), help="Most seconds a test run (default: 300).")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
 @click.option("--dry-run", is_flag=True, help="Show the proven diff, and change nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end, and nothing else.")
@@ -43,23 +41,26 @@ def fix(
     path: Path,
     tests: tuple[str, ...],
     model: str | None,
-    max_turns: int,
-    max_seconds: float,
+    max_turns: int | None,
+    max_seconds: float | None,
     max_tokens: int,
-    test_timeout: float,
+    test_timeout: float | None,
     seed: int,
     dry_run: bool,
     as_json: bool,
 ) -> int:
     """Make the failing tests of the project at PATH pass, without changing any test.
 
+    What is not given here comes from LSP_AGENT_* variables and the project's lsp-agent.toml, as in the server.
     Exit code: 0 green, or nothing was failing; 1 not green (the best attempt is shown, no file is changed); 2 wrong
     usage; 3 no tests, no model or no runner; 130 cancelled.
     """
     from lsp_agent.agent.fix import fix as run_fix
     from lsp_agent.agent.request import FixRequest, Limits
+    from lsp_agent.config import load_settings
     from lsp_agent.engine import open_model
     from lsp_agent.testing.pytest_runner import PytestRunner
+    from lsp_agent.testing.sandbox import Sandbox
     from lsp_agent.workspace.checkpoints import Checkpoints
     from lsp_agent.workspace.workspace import Workspace
 
@@ -72,10 +73,18 @@ def fix(
         checkpoints = Checkpoints(workspace.root)
         for message in checkpoints.recover():
             click.echo(f"lsp-agent: {message}", err=True)
-        limits = Limits(max_turns, max_seconds, max_tokens)
-        request = FixRequest(tests, model, limits, seed, test_timeout)
+        given = {"model": model, "max_turns": max_turns, "max_seconds": max_seconds}
+        settings = load_settings(workspace.root, {**given, "test_timeout_seconds": test_timeout})
+        limits = Limits(settings.max_turns, settings.max_seconds, max_tokens)
+        request = FixRequest(tests, settings.model, limits, seed, settings.test_timeout_seconds)
+        sandbox = Sandbox(workspace.root, enabled=settings.sandbox)
+        if sandbox.level != "full":
+            click.echo(f"lsp-agent: the tests run without the sandbox: {sandbox.reason}", err=True)
+        runner = PytestRunner(
+            workspace.root, interpreter=settings.interpreter, pytest_args=settings.pytest_args, sandbox=sandbox
+        )
         with interruptible(cancel), progress:
-            result = run_fix(request, workspace, PytestRunner(workspace.root), open_model, progress.on_event, cancel)
+            result = run_fix(request, workspace, runner, open_model, progress.on_event, cancel)
             applied = None
             if result.status == "green" and not dry_run:
                 cancel.raise_if_cancelled()
@@ -201,7 +210,7 @@ def interruptible(cancel: CancelToken) -> Iterator[None]:
 
 
 def _show(result: FixResult, applied: str | None, *, dry_run: bool) -> None:
-    spent = f"{result.turns} turns, {result.seconds:.1f} s, "
+    spent = f"{result.turns} turn{'' if result.turns == 1 else 's'}, {result.seconds:.1f} s, "
     spent += f"{result.usage.prompt_tokens - result.usage.cached_tokens} tokens read, "
     spent += f"{result.usage.completion_tokens} written"
     if result.status == "nothing_failing":

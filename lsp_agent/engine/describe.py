@@ -10,20 +10,12 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from lsp_agent.chat_model import Tier
-from lsp_agent.engine.manifest import Chat, FillInTheMiddle, Manifest, SamplingDefaults
+from lsp_agent.engine.manifest import QWEN_FIM, Chat, FillInTheMiddle, Manifest, SamplingDefaults
 from lsp_agent.errors import UserError
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-QWEN_FIM = {
-    "prefix": "<|fim_prefix|>",
-    "suffix": "<|fim_suffix|>",
-    "middle": "<|fim_middle|>",
-    "pad": "<|fim_pad|>",
-    "repo_name": "<|repo_name|>",
-    "file_sep": "<|file_sep|>",
-}
 TIERS: tuple[tuple[Tier, float], ...] = (("small", 3.5e9), ("medium", 15e9), ("large", float("inf")))
 
 

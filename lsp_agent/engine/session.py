@@ -46,7 +46,7 @@ class Decoder:
         """
         batch, length = ids.shape
         total = state.length + length
-        binding = self._session.io_binding()
+        binding = state.binding(self._session)
         inputs = {  # the binding borrows these arrays, so they must outlive the run
             "embeddings": self._embed(ids.reshape(-1)).reshape(batch, length, -1),
             "lengths": np.full(batch, total - 1, np.int32),
@@ -55,8 +55,8 @@ class Decoder:
         }
         for name, value in inputs.items():
             binding.bind_cpu_input(name, value)
-        binding.bind_output("logits", "cpu")  # first: outputs come back in the order of binding
-        state.bind(binding)
+        logits = np.empty((len(rows), self.config.vocabulary), np.float32)
+        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits[None]))
         options = ort.RunOptions()
         done = threading.Event()
         watcher = _terminate_on_cancel(options, cancel, done) if cancel is not None and length > 1 else None
@@ -71,7 +71,7 @@ class Decoder:
             if watcher is not None:
                 watcher.join()
         state.commit()
-        return binding.get_outputs()[0].numpy()[0]
+        return logits
 
 
 def _terminate_on_cancel(options: ort.RunOptions, cancel: CancelToken, done: threading.Event) -> threading.Thread:

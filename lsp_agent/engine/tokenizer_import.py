@@ -11,6 +11,7 @@ from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from lsp_agent.engine.architectures.config import GgufMetadata
+from lsp_agent.engine.manifest import QWEN_FIM
 from lsp_agent.errors import UserError
 
 SPLIT_PATTERNS = {
@@ -19,14 +20,6 @@ SPLIT_PATTERNS = {
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
         r"|\s+(?!\S)|\s+"
     ),
-}
-FIM_TOKENS = {
-    "prefix": "<|fim_prefix|>",
-    "suffix": "<|fim_suffix|>",
-    "middle": "<|fim_middle|>",
-    "pad": "<|fim_pad|>",
-    "repository": "<|repo_name|>",
-    "file": "<|file_sep|>",
 }
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
@@ -64,7 +57,7 @@ def write_gguf_tokenizer(file: GgufMetadata, folder: Path) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    fim = {name: vocabulary[token] for name, token in FIM_TOKENS.items() if token in vocabulary}
+    fim = {name: vocabulary[token] for name, token in QWEN_FIM.items() if token in vocabulary}
     return {"end": sorted(ends), "fim": fim}
 
 
@@ -88,7 +81,7 @@ def copy_hf_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
     listed = (read_json(generation) if generation.exists() else {}).get("eos_token_id")
     ends = set(listed if isinstance(listed, list) else [] if listed is None else [listed])
     ends |= {tokenizer.token_to_id(token) for token in END_TOKENS} - {None}
-    fim = {name: tokenizer.token_to_id(token) for name, token in FIM_TOKENS.items()}
+    fim = {name: tokenizer.token_to_id(token) for name, token in QWEN_FIM.items()}
     return {"end": sorted(ends), "fim": {name: index for name, index in fim.items() if index is not None}}
 
 

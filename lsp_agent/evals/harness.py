@@ -25,6 +25,8 @@ from lsp_agent.workspace.workspace import Workspace
 
 Row = dict[str, Any]
 TEST_TIMEOUT_S = 20.0
+NO_PLUGINS = "PYTEST_DISABLE_PLUGIN_AUTOLOAD"
+"""The tasks need no plugin, and loading those of our own environment takes longer than the tests."""
 
 
 def run_task(
@@ -36,7 +38,7 @@ def run_task(
     with tempfile.TemporaryDirectory(prefix="lsp-agent-eval-") as folder:
         root = Path(folder).resolve() / "project"
         write_repository(task, root)
-        workspace, runner = Workspace(root), PytestRunner(root)
+        workspace, runner = Workspace(root), PytestRunner(root, pass_environment=(NO_PLUGINS,))
         try:
             if control:
                 row |= single_shot(workspace, runner, model, max_seconds, cancel)

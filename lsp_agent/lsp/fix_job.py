@@ -81,19 +81,25 @@ def run_fix(folder: Folder, job: Job, nodeids: tuple[str, ...]) -> Ending:
     if result.status != "green":
         return _without_change(folder, result)
     run_id, changes = _apply(folder, job, runner, digest, result)
-    folder.fixed_by[run_id] = result.fixed
-    folder.check_undo()
+    if changes:
+        folder.fixed_by[run_id] = result.fixed
+        folder.check_undo()
     last = runner.last_full
     now = folder.open_documents()
     if last is not None:
         folder.update(lambda results: results.after(last, now))
+    if not changes:
+        return Ending(f"{_names(result.fixed)}: somebody made the same change meanwhile, and the tests pass with it.")
     return Ending(_evidence(result, last, job) + _unsaved(changes, now))
 
 
 def _apply(
     folder: Folder, job: Job, runner: RecordingRunner, digest: str, result: FixResult
 ) -> tuple[str, tuple[FileChange, ...]]:
-    """Apply the proven changes; when the tree is not the one of the proof any more, merge and prove again."""
+    """Apply the proven changes; when the tree is not the one of the proof any more, merge and prove again.
+
+    Returns the run's id and what was changed: nothing, and no id, when the tree has the changes already.
+    """
     changes = result.changes
     for attempt in range(ATTEMPTS):
         workspace = folder.workspace(folder.open_documents())
@@ -101,6 +107,9 @@ def _apply(
             job.progress.report("files changed meanwhile: merging and proving again", 95)
             changes = _merged(folder, workspace, result)
             digest = _prove(folder, job, runner, workspace, changes, result)
+            changes = tuple(change for change in changes if change.before != change.after)
+            if not changes:
+                return "", ()
         job.cancel.raise_if_cancelled()
         # The process id tells a later server whether this run's process still lives.
         run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-lsp-{os.getpid()}-{uuid.uuid4().hex[:8]}"

@@ -92,11 +92,10 @@ class Folder:
     def runner(self) -> PytestRunner:
         """A runner for one job: it reads the project's test configuration as it is now."""
         settings = self.settings
-        interpreter = settings.interpreter
-        if interpreter is not None and not interpreter.is_absolute():
-            interpreter = self.root / interpreter
         sandbox = Sandbox(self.root, enabled=settings.sandbox)
-        return PytestRunner(self.root, interpreter=interpreter, pytest_args=settings.pytest_args, sandbox=sandbox)
+        return PytestRunner(
+            self.root, interpreter=settings.interpreter, pytest_args=settings.pytest_args, sandbox=sandbox
+        )
 
     @property
     def checkpoints(self) -> Checkpoints:

@@ -148,3 +148,19 @@ def test_an_endless_loop_is_mended(tmp_path: Path) -> None:
     result = run(root, "--model", model(root, rules), "--test-timeout", "6", "--json")
     assert result.return_value == 0, result.output
     assert json.loads(result.stdout)["fixed"] == ["test_loop.py::test_down"]
+
+
+def test_the_projects_settings_count_and_the_command_line_wins(shapes: Path) -> None:
+    (shapes / "lsp-agent.toml").write_text('max_turns = 1\npytest_args = ["-k", "zero"]\n')
+    result = run(shapes, "--model", model(shapes, FIX), "--dry-run")
+    assert "Nothing to fix" in result.output, "only test_zero was to run, and it passes"
+    (shapes / "lsp-agent.toml").write_text("max_turns = 0\n")
+    with pytest.raises(UserError, match="max_turns"):
+        raise run(shapes, "--model", model(shapes, FIX)).exception or AssertionError("it was accepted")
+    assert run(shapes, "--model", model(shapes, FIX), "--max-turns", "9", "--dry-run").return_value == 0
+
+
+def test_a_run_without_the_sandbox_says_so(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LSP_AGENT_SANDBOX", "0")
+    result = run(shapes, "--model", model(shapes, FIX), "--dry-run")
+    assert "the tests run without the sandbox" in result.stderr

@@ -61,3 +61,9 @@ def test_a_bad_option_names_the_editor() -> None:
 def test_the_user_may_switch_the_sandbox_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LSP_AGENT_SANDBOX", "false")
     assert not load_settings(None).sandbox
+
+
+def test_a_relative_interpreter_is_the_workspaces(tmp_path: Path) -> None:
+    (tmp_path / "lsp-agent.toml").write_text('interpreter = "env/bin/python"\n')
+    assert load_settings(tmp_path).interpreter == tmp_path / "env/bin/python"
+    assert load_settings(tmp_path, {"interpreter": "/usr/bin/python3"}).interpreter == Path("/usr/bin/python3")

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quants
 
-from lsp_agent.engine.describe import QWEN_FIM
-from lsp_agent.engine.manifest import Manifest
+from lsp_agent.engine.manifest import QWEN_FIM, Manifest
 
 PART = 100_000
 COUNT = 3

@@ -177,7 +177,6 @@ class GraphBuilder:
             "QMoE",
             [x, logits, *self._quantised_experts(gate_up, first), "", *self._quantised_experts(down, second), *weights],
             expert_weight_bits=one.bits,
-            fc2_expert_weight_bits=two.bits,
             block_size=one.block,
             accuracy_level=0 if self._accuracy == "exact" else 4,
             **routing,

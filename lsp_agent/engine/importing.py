@@ -42,7 +42,7 @@ def import_checkpoint(
     checkpoint = open_checkpoint(source)
     config = checkpoint.config()
     specs = decoder_weights(architecture(checkpoint.architecture), config)
-    tensors = match_tensors(checkpoint, specs)
+    matched = match_tensors(checkpoint, specs)
     package.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{package.name}-", dir=package.parent))
     try:
@@ -52,8 +52,8 @@ def import_checkpoint(
         digest = _sha256(files, progress)
         with (folder / WEIGHTS).open("wb") as handle:
             writer = WeightsWriter(handle)
-            importer = WeightImporter(writer, SCHEMES[scheme], progress.add)
-            weights = {spec.name: importer.write(spec, tensors[spec.name]) for spec in specs}
+            importer = WeightImporter(writer, SCHEMES[scheme], matched, progress.add)
+            weights = {spec.name: importer.write(spec, tensors) for spec, tensors in matched}
             writer.finish()
         about = {"source": {"file": source.name, "sha256": digest}, "scheme": scheme, "tokens": tokens}
         write_index(folder, config, about, weights)

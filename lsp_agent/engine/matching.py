@@ -14,17 +14,17 @@ MOST_NAMED = 5
 IGNORED = frozenset({"rope_freqs.weight"})
 """Tables that llama.cpp writes beside the weights and that follow from the config."""
 
-Matched = dict[str, list[CheckpointTensor]]
 
-
-def match_tensors(checkpoint: Checkpoint, specs: Sequence[WeightSpec]) -> Matched:
-    """The tensors of each weight, by the weight's name.
+def match_tensors(
+    checkpoint: Checkpoint, specs: Sequence[WeightSpec]
+) -> list[tuple[WeightSpec, list[CheckpointTensor]]]:
+    """Each weight with its tensors.
 
     Raises one `UserError` that names the tensors that are missing, surplus, misshapen or of unsupported types.
     """
     missing: list[str] = []
     wrong: list[str] = []
-    matched: Matched = {}
+    matched: list[tuple[WeightSpec, list[CheckpointTensor]]] = []
     used: set[str] = set()
     for spec in specs:
         names = spec.sources
@@ -35,7 +35,7 @@ def match_tensors(checkpoint: Checkpoint, specs: Sequence[WeightSpec]) -> Matche
         tensors = [checkpoint.tensors[name] for name in names if name in checkpoint.tensors]
         if len(tensors) == len(names):
             wrong += _problems(spec, tensors)
-            matched[spec.name] = tensors
+            matched.append((spec, tensors))
     surplus = [name for name in checkpoint.tensors if name not in used | IGNORED]
     complaints = [
         f"{what} {_listed(names)}"

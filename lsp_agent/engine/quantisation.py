@@ -12,7 +12,7 @@ types follow ggml's `block_*` structures, the same that `gguf.quants.dequantize`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -228,6 +228,12 @@ def quantise_4bit(values: Array, block: int) -> Blocks:
     return Blocks(BlockFormat(4, block, False), codes[..., 0::2] | (codes[..., 1::2] << 4), best_scale)
 
 
+def widen(blocks: Blocks) -> Blocks:
+    """Symmetric 4-bit blocks with 8-bit codes: the same values exactly."""
+    low_high = np.stack([blocks.codes & 0xF, blocks.codes >> 4], axis=-1).reshape(*blocks.codes.shape[:2], -1)
+    return Blocks(BlockFormat(8, blocks.format.block, False), low_high + np.uint8(120), blocks.scales)
+
+
 def quantise(values: Array, form: BlockFormat) -> Blocks:
     """Round fp32 rows [rows, columns], whole blocks, to a symmetric format of 4 or 8 bits."""
     assert not form.corrected
@@ -248,17 +254,17 @@ class Scheme:
         form = self.sensitive if sensitive else self.ordinary
         return None if form is None or columns % form.block else form
 
-    def experts_format(self, kinds: Sequence[Type], columns: int) -> BlockFormat | None:
-        """The format of experts whose sources have these types.
+    def experts_format(self, kinds: Collection[Type], columns: Collection[int]) -> BlockFormat | None:
+        """The format of all the experts of a block, whose sources have these types and columns.
 
-        `QMoE` knows one block size and no corrections: symmetric types in blocks of 32 are carried, others rounded.
+        The CPU's `QMoE` knows one width, one block size and no corrections: symmetric types in blocks of 32 are
+        carried (4 bits in 8 where both occur), others rounded to 8 bits.
         """
         if not any(kind in CARRIERS for kind in kinds):
-            return self.format_of(kinds[0], columns, sensitive=False)
+            form = self.ordinary
+            return None if form is None or any(count % form.block for count in columns) else form
         formats = {CARRIERS[kind].format if kind in CARRIERS else EXPERTS_FALLBACK for kind in kinds}
-        carried = formats.pop()
-        alike = not formats and carried.block == EXPERTS_FALLBACK.block and not carried.corrected
-        return carried if alike else EXPERTS_FALLBACK
+        return BlockFormat(4, 32, False) if formats == {BlockFormat(4, 32, False)} else EXPERTS_FALLBACK
 
 
 EXPERTS_FALLBACK = BlockFormat(8, 32, False)

@@ -45,8 +45,18 @@ class TensorReport:
 class WeightImporter:
     """Writes weights with `writer`; `reports` grows by one a tensor, `progress(bytes)` is told of source bytes."""
 
-    def __init__(self, writer: WeightsWriter, scheme: Scheme, progress: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        writer: WeightsWriter,
+        scheme: Scheme,
+        matched: Sequence[tuple[WeightSpec, Tensors]],
+        progress: Callable[[int], None],
+    ) -> None:
         self._writer, self._scheme, self._progress = writer, scheme, progress
+        self._experts_of_block: dict[str, list[CheckpointTensor]] = {}
+        for spec, tensors in matched:
+            if spec.kind == "experts":
+                self._experts_of_block.setdefault(_block_of(spec), []).extend(tensors)
         self.reports: list[TensorReport] = []
 
     def write(self, spec: WeightSpec, tensors: Tensors) -> Weight:
@@ -134,7 +144,8 @@ class WeightImporter:
 
     def _experts(self, spec: WeightSpec, tensors: Tensors) -> Experts:
         count, rows, columns = spec.shape
-        form = self._scheme.experts_format([t.type for t in tensors], columns)
+        alike = self._experts_of_block[_block_of(spec)]
+        form = self._scheme.experts_format({t.type for t in alike}, {t.columns for t in alike})
         if form is None:
             part = LinearPart(count * rows, None, values=self._writer.reserve((count * rows, columns), "float32"))
         else:
@@ -153,6 +164,10 @@ class WeightImporter:
             else:
                 self.reports.append(_compare(tensor, form))
         return Experts(count, columns, part)
+
+
+def _block_of(spec: WeightSpec) -> str:
+    return spec.name.rpartition(".")[0]
 
 
 def _chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -178,6 +193,8 @@ def _carry(tensor: CheckpointTensor, start: int, stop: int, form: BlockFormat) -
     carrier = quantisation.CARRIERS.get(tensor.type)
     if carrier is not None and carrier.format == form:
         return quantisation.reblock(tensor.read(start, stop), tensor.type)
+    if carrier is not None and carrier.format == BlockFormat(4, form.block, False):
+        return quantisation.widen(quantisation.reblock(tensor.read(start, stop), tensor.type))
     return quantisation.quantise(_values(tensor, start, stop), form)
 
 

@@ -87,7 +87,7 @@ class Attention:
             query, gate = graph.split(heads, [config.head_size, config.head_size])
             query, gate = graph.reshape(query, [0, 0, width]), graph.reshape(gate, [0, 0, width])
         if self.qk_norm:
-            # The CPU kernel ignores GroupQueryAttention's own q and k norms, so they are separate nodes.
+            # On the CPU, GroupQueryAttention refuses its own q and k norms, so they are separate nodes.
             query = graph.head_norm(query, f"{prefix}.attn_q_norm", config.heads, config)
             key = graph.head_norm(key, f"{prefix}.attn_k_norm", config.kv_heads, config)
         return [query, key, value], gate

@@ -29,10 +29,13 @@ test: setup lint
 	@$(BIN)/python -m pytest -m "not parity and not gpu and not editor" $(PYTEST_ARGS)
 
 # Exactness against transformers and torch, in an environment of its own: torch is large and never needed to run.
-test-parity: setup
+PARITY_CACHE := $(CURDIR)/build/parity
+test-parity: export LSP_AGENT_PARITY_GGUF = $(PARITY_CACHE)/models/$(TEST_MODEL)/source.gguf
+test-parity:
 	@test -x $(VENV)-parity/bin/python || $(PYTHON) -m venv $(VENV)-parity
 	@$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,test,parity]'
-	@$(VENV)-parity/bin/lsp-agent model pull $(TEST_MODEL)
+	@test -f $$LSP_AGENT_PARITY_GGUF || \
+		LSP_AGENT_CACHE_DIR=$(PARITY_CACHE) $(VENV)-parity/bin/lsp-agent model pull --keep-source $(TEST_MODEL)
 	@$(VENV)-parity/bin/python -m pytest -m parity $(PYTEST_ARGS)
 
 lint: setup

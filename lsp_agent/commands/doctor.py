@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lsp_agent import __version__, paths
-from lsp_agent.engine import select, store
+from lsp_agent.engine import machine, select, store
 from lsp_agent.errors import ExitCode
 from lsp_agent.testing.sandbox import probe
 
@@ -36,7 +36,7 @@ def doctor(as_json: bool) -> int:
 
 def examine() -> dict[str, Any]:
     """Collect the report; every part of it is plain data."""
-    choice = select.choose(store.installed(), select.usable_memory())
+    choice = select.choose(store.installed(), machine.usable_memory())
     runtime = _onnxruntime()
     problems = [sentence for sentence in (runtime["problem"], choice.advice) if sentence]
     return {
@@ -74,12 +74,12 @@ def _nvidia_gpu() -> str | None:
 
 
 def _machine(available_bytes: int) -> dict[str, Any]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cache = paths.cache_dir()
     folder = next(p for p in [cache, *cache.parents] if p.exists())
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": cores,
+        "cores": machine.usable_cores(),
+        "decoding_threads": machine.default_threads(),
         "physical_cores": psutil.cpu_count(logical=False),
         "memory_bytes": psutil.virtual_memory().total,
         "available_bytes": available_bytes,
@@ -115,7 +115,7 @@ def _print(report: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    runtime, machine = report["onnxruntime"], report["machine"]
+    runtime, about = report["onnxruntime"], report["machine"]
 
     def gigabytes(count: int) -> str:
         return f"{count / 1e9:.1f} GB"
@@ -126,11 +126,9 @@ def _print(report: dict[str, Any]) -> None:
     table.add_row("lsp-agent", f"{report['version']}, Python {report['python']['version']} ({sys.executable})")
     table.add_row("ONNX Runtime", f"{runtime['version'] or 'missing'}: {', '.join(runtime['providers']) or 'nothing'}")
     table.add_row("GPU", runtime["gpu"] or "none that this ONNX Runtime can use")
-    table.add_row("machine", f"{machine['system']}, {machine['cores']} cores usable")
-    table.add_row(
-        "memory", f"{gigabytes(machine['available_bytes'])} available of {gigabytes(machine['memory_bytes'])}"
-    )
-    table.add_row("disk", f"{gigabytes(machine['disk_free_bytes'])} free for models")
+    table.add_row("machine", f"{about['system']}, {about['cores']} cores usable, {about['decoding_threads']} to decode")
+    table.add_row("memory", f"{gigabytes(about['available_bytes'])} available of {gigabytes(about['memory_bytes'])}")
+    table.add_row("disk", f"{gigabytes(about['disk_free_bytes'])} free for models")
     table.add_row("sandbox", report["sandbox"]["detail"])
     table.add_row("git", report["git"] or "not found")
     for name, folder in report["folders"].items():

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lsp_agent.engine import install, select, store
+from lsp_agent.engine import install, machine, select, store
 from lsp_agent.engine.manifest import InstalledModel, Manifest, shipped, unknown_name
 from lsp_agent.errors import ExitCode, UserError
 
@@ -100,7 +100,7 @@ def list_models(as_json: bool) -> None:
     """
     installed = {m.name: m for m in store.installed()}
     manifests = {m.name: m for m in shipped()} | {name: m.manifest for name, m in installed.items()}
-    default = select.choose(list(installed.values()), select.usable_memory()).model
+    default = select.choose(list(installed.values()), machine.usable_memory()).model
     rows = sorted(manifests.values(), key=lambda m: (m.parameters, m.name))
     if as_json:
         fields = {"name", "title", "license", "tier", "memory_bytes", "context_length"}

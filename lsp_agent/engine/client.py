@@ -29,26 +29,30 @@ IDLE_SECONDS = 600.0
 """An engine that nobody asked anything for so long gives its memory back; the next request starts it again."""
 LOAD_TIMEOUT_S = 300.0
 POLL_S = 0.05
+LONGEST_PARENT = 70
+LOGS_KEPT = 10
 
 
 class EngineProcess:
     """One engine child process and its private socket."""
 
     def __init__(self, name: str, package: Path, threads: int | None, context: int | None) -> None:
-        # A short path of our own (0700): socket paths may have 107 bytes at most.
-        self._folder = Path(tempfile.mkdtemp(prefix="lsp-agent-", dir=os.environ.get("XDG_RUNTIME_DIR")))
+        self._folder = _private_folder()
         self.socket = self._folder / "engine.sock"
-        log_folder = state_dir() / "logs"
-        log_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.log = log_folder / "engine.log"
-        command = [sys.executable, "-m", "lsp_agent.engine.process", "--name", name, "--package", str(package)]
+        # -P and a folder of our own: the user's current folder holds other people's code, and its `queue.py` or
+        # `numpy/` must not be imported instead of the real one.
+        command = [sys.executable, "-P", "-m", "lsp_agent.engine.process", "--name", name, "--package"]
+        command += [str(package.absolute())]
         command += ["--socket", str(self.socket), "--idle-seconds", str(IDLE_SECONDS)]
         for option, value in (("--threads", threads), ("--context", context)):
             if value is not None:
                 command += [option, str(value)]
-        with os.fdopen(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:
+        number, log_name = tempfile.mkstemp(prefix="engine-", suffix=".log", dir=_log_folder())  # 0600
+        self.log = Path(log_name)
+        with os.fdopen(number, "wb") as log:
             self._process = subprocess.Popen(
                 command,
+                cwd=self._folder,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -95,6 +99,25 @@ class EngineProcess:
             if pipe is not None:
                 pipe.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _private_folder() -> Path:
+    """A new folder (0700) whose path is short: socket paths may have 107 bytes at most."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    for parent in (runtime, tempfile.gettempdir(), "/tmp"):  # noqa: S108 - a private folder is made in it
+        if parent and len(parent) < LONGEST_PARENT and os.access(parent, os.W_OK | os.X_OK):
+            return Path(tempfile.mkdtemp(prefix="lsp-agent-", dir=parent))
+    raise UserError("The engine needs a folder for its socket; set TMPDIR to a writable folder with a short path.")
+
+
+def _log_folder() -> Path:
+    """Where engines log, with all but the newest few logs removed."""
+    folder = state_dir() / "logs"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    logs = sorted(folder.glob("engine-*.log"), key=lambda path: path.lstat().st_mtime)
+    for old in logs[: -(LOGS_KEPT - 1)]:
+        old.unlink(missing_ok=True)
+    return folder
 
 
 class EngineModel:

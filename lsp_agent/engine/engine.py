@@ -66,16 +66,20 @@ class Engine:
         *,
         n: int = 1,
         stop_ids: Iterable[int] | None = None,
+        drafting: bool = True,
     ) -> Generation:
         """Answer a prompt of token ids `n` times, decoded together after one reading of the prompt.
 
         Returns an iterator of `Step`s, in turn for each sequence that still runs. `stop_ids` defaults to the model's
-        end tokens and the fill-in-the-middle tokens, none of which belong in an answer. Raises `UserError` when the
-        prompt is empty or does not fit; iterating raises `Cancelled`.
+        end tokens and the fill-in-the-middle tokens, none of which belong in an answer. `drafting`: guess tokens from
+        the text and verify several in one run, which changes the speed and, beyond rounding, nothing else (no effect
+        on hybrid models). Raises `UserError` when the prompt is empty or does not fit; iterating raises `Cancelled`.
         """
         if stop_ids is None:
             stop_ids = {*self.tokenizer.end_ids, *self.tokenizer.fim.values()}
-        return Generation(self._decoder, self._prefixes, self.tokenizer, prompt, sampling, cancel, n, stop_ids)
+        return Generation(
+            self._decoder, self._prefixes, self.tokenizer, prompt, sampling, cancel, n, stop_ids, drafting
+        )
 
     def infill_prompt(self, prefix: str, suffix: str) -> list[int]:
         """Token ids that ask for what belongs between `prefix` and `suffix`."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Completion, Sampling, Usage
+from lsp_agent.engine.drafting import PromptLookup
 from lsp_agent.engine.sampling import Sampler, log_probability
 from lsp_agent.engine.session import Decoder
 from lsp_agent.engine.state import PrefixCache, State
@@ -38,13 +39,18 @@ class Step:
 
 @dataclass
 class Timings:
-    """Wall seconds and tokens of one request; `decoded_tokens` counts all sequences."""
+    """Wall seconds and tokens of one request; `decoded_tokens` counts all sequences.
+
+    Of the `drafted_tokens` that were guessed, `accepted_tokens` were what the model would have said.
+    """
 
     prefill_s: float = 0.0
     decode_s: float = 0.0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     decoded_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass
@@ -87,6 +93,7 @@ class Generation(Iterator[Step]):
         cancel: CancelToken,
         n: int,
         stop_ids: Iterable[int],
+        drafting: bool,
     ) -> None:
         context = prefixes.capacity
         if not prompt:
@@ -96,6 +103,7 @@ class Generation(Iterator[Step]):
         self._decoder, self._prefixes, self._tokenizer = decoder, prefixes, tokenizer
         self._prompt, self._sampling, self._cancel = list(prompt), sampling, cancel
         self._stop_ids = frozenset(stop_ids)
+        self._drafting = drafting and not decoder.recurrent  # a recurrent state cannot drop wrong guesses
         self._limit = min(sampling.max_tokens, context - len(prompt))
         self._sequences = [
             _Sequence(i, Sampler(sampling, i), TextStream(tokenizer), StopStrings(sampling.stop)) for i in range(n)
@@ -114,11 +122,45 @@ class Generation(Iterator[Step]):
         self.timings.cached_tokens = state.length
         first = prefill(self._decoder, state, self._prompt[state.length :], self._cancel)
         self.timings.prefill_s = time.perf_counter() - started
+        yield from self._decode_one(state, first) if len(self._sequences) == 1 else self._decode_batch(state, first)
+
+    def _decode_one(self, state: State, logits: np.ndarray) -> Iterator[Step]:
+        """Each run takes the last token and guesses after it; draws from the model's own logits decide them."""
+        (sequence,) = self._sequences
+        lookup = PromptLookup(self._prompt)
+        draft: list[int] = []
+        rows = logits[None]
+        while True:
+            accepted = 0
+            for row, guess in zip(rows, [*draft, None], strict=True):
+                step = self._advance(sequence, row)
+                if step.finish_reason is None and step.token == guess:
+                    accepted += 1
+                    state.extend([step.token])
+                lookup.extend(step.token)
+                yield step
+                if step.finish_reason is not None:
+                    return
+                self._cancel.raise_if_cancelled()
+                if step.token != guess:
+                    break
+            started = time.perf_counter()
+            lookup.judge(len(draft), accepted)
+            self.timings.drafted_tokens += len(draft)
+            self.timings.accepted_tokens += accepted
+            draft = lookup.propose(self._limit - len(sequence.tokens) - 1) if self._drafting else []
+            ids = [sequence.tokens[-1], *draft]
+            rows = self._decoder.run(np.array([ids], np.int64), state, range(len(ids)))
+            state.extend(ids[:1])
+            self.timings.decode_s += time.perf_counter() - started
+
+    def _decode_batch(self, shared: State, first: np.ndarray) -> Iterator[Step]:
+        """All sequences advance in step; one that has ended leaves the batch."""
         live = self._sequences
         logits = np.broadcast_to(first, (len(live), len(first)))
-        if len(live) > 1:
-            shared, state = state, self._batch_cache(len(live))
-            state.copy_prefix(shared, shared.length)
+        capacity = len(self._prompt) + self._limit
+        state = State(self._decoder.states, capacity, len(live))
+        state.copy_prefix(shared, shared.length)
         while True:
             kept = []
             for row, sequence in enumerate(live):
@@ -135,14 +177,8 @@ class Generation(Iterator[Step]):
                 state.keep(kept)
             last = np.array([[sequence.tokens[-1]] for sequence in live], np.int64)
             logits = self._decoder.run(last, state, range(len(live)))
-            if len(self._sequences) == 1:
-                state.extend([live[0].tokens[-1]])
-            else:
-                state.length += 1
+            state.length += 1
             self.timings.decode_s += time.perf_counter() - started
-
-    def _batch_cache(self, batch: int) -> State:
-        return State(self._decoder.states, len(self._prompt) + self._limit, batch)
 
     def _advance(self, sequence: _Sequence, logits: np.ndarray) -> Step:
         started = time.perf_counter()

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--context", type=int)
     parser.add_argument("--idle-seconds", type=float, required=True)
     arguments = parser.parse_args()
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_leave_with_parent, args=(Path(arguments.socket).parent,), daemon=True).start()
     try:
         from lsp_agent.engine.engine import Engine
         from lsp_agent.engine.server import EngineServer
@@ -65,9 +66,10 @@ def _say(message: dict[str, object]) -> None:
     print(json.dumps(message), flush=True)
 
 
-def _leave_with_parent() -> None:
+def _leave_with_parent(folder: Path) -> None:
     while os.read(0, 4096):
         pass
+    shutil.rmtree(folder, ignore_errors=True)  # the parent, which made it, cannot any more
     os._exit(ExitCode.OK)
 
 

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import get_args
-
-import psutil
 
 from lsp_agent.chat_model import Tier
 from lsp_agent.engine.manifest import InstalledModel, Manifest, shipped
-
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -36,16 +31,6 @@ class Choice:
     available_bytes: int
     candidates: tuple[Candidate, ...]
     advice: str = ""
-
-
-def usable_memory() -> int:
-    """Bytes of main memory a model may take now: what is available, within the container's limit if there is one."""
-    available = int(psutil.virtual_memory().available)
-    try:
-        limit = int((CGROUP / "memory.max").read_text()) - int((CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):  # no cgroup v2, or "max": no limit
-        return available
-    return max(0, min(available, limit))
 
 
 def choose(models: Sequence[InstalledModel], available_bytes: int) -> Choice:

@@ -38,6 +38,11 @@ class Decoder:
         except Exception as error:  # ORT raises its own untyped errors
             raise UserError(f"ONNX Runtime cannot load {package.path} ({error}); import the model again.") from error
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether a part of the state cannot go back by any number of tokens."""
+        return not all(spec.growing for spec in self.states)
+
     def run(self, ids: np.ndarray, state: State, rows: Sequence[int], cancel: CancelToken | None = None) -> np.ndarray:
         """Append `ids` [batch, length] to `state` and return logits [len(rows), vocabulary], fp32.
 

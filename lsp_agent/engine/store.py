@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from lsp_agent import paths
-from lsp_agent.engine import select
+from lsp_agent.engine import machine, select
 from lsp_agent.engine.manifest import InstalledModel, Manifest, shipped, unknown_name
 from lsp_agent.errors import ExitCode, UserError
 
@@ -58,7 +58,7 @@ def resolve(name: str | None) -> InstalledModel:
     """
     models = installed()
     if name is None:
-        choice = select.choose(models, select.usable_memory())
+        choice = select.choose(models, machine.usable_memory())
         if choice.model is None:
             raise UserError(choice.advice)
         return choice.model

@@ -14,11 +14,11 @@ from typing import Any
 from lsp_agent.agent import events
 from lsp_agent.agent.fix import fix
 from lsp_agent.agent.request import FixRequest, Limits
+from lsp_agent.borrowed import Borrowed
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import ChatModel
 from lsp_agent.errors import UserError
 from lsp_agent.evals.humanevalfix import Task, write_repository
-from lsp_agent.evals.shared_model import SharedModel
 from lsp_agent.evals.single_shot import single_shot
 from lsp_agent.testing.pytest_runner import PytestRunner
 from lsp_agent.workspace.workspace import Workspace
@@ -46,7 +46,7 @@ def run_task(
                 request = FixRequest(
                     limits=Limits(max_turns=1000, max_seconds=max_seconds), seed=seed, test_timeout_s=TEST_TIMEOUT_S
                 )
-                result = fix(request, workspace, runner, lambda *_: SharedModel(model), events.ignore, cancel)
+                result = fix(request, workspace, runner, lambda *_: Borrowed(model), events.ignore, cancel)
                 row |= {
                     "solved": result.status == "green",
                     "status": result.status,

@@ -83,3 +83,16 @@ class TestRun:
     def green(self) -> bool:
         """Whether the runner worked, finished, ran something, and nothing failed."""
         return not self.error and self.complete and bool(self.results) and not self.failing
+
+
+def newly_bad(before: TestRun, after: TestRun) -> tuple[str, ...]:
+    """Ids that make `after` worse than `before`: what is bad now and was not, then what passed and is gone.
+
+    Whatever it was before counts (skipped, xpassed, not there), except a test whose file could not be collected then:
+    it only came to light. Absence counts in a complete run only; of one that was cut it proves nothing. What a cut
+    `before` never reached counts as new: run it on the tree of `before` to know.
+    """
+    was_bad = set(before.failing)
+    worse = [n for n in after.failing if n not in was_bad and n.partition("::")[0] not in was_bad]
+    gone = [n for n in before.passing if n not in after.results] if after.complete else []
+    return (*worse, *gone)

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -174,18 +175,21 @@ def test_the_engine_ends_with_its_parent_even_by_kill_9(small_model: store.Insta
         f"""
         import time
         from lsp_agent.engine import open_model
-        print(open_model({small_model.name!r}).process.pid, flush=True)
+        process = open_model({small_model.name!r}).process
+        print(process.pid, process.socket.parent, flush=True)
         time.sleep(60)
         """
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
-        engine = int(parent.stdout.readline())
+        pid, folder = parent.stdout.readline().split()
+        engine = int(pid)
         parent.kill()
     deadline = time.monotonic() + 10
     while Path(f"/proc/{engine}").exists() and not _zombie(engine):
         assert time.monotonic() < deadline, "the engine outlived its parent"
         time.sleep(0.05)
+    assert not Path(folder).exists(), "its socket stayed behind"
 
 
 def _zombie(pid: int) -> bool:
@@ -193,6 +197,32 @@ def _zombie(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except OSError:
         return True
+
+
+def test_code_in_the_current_folder_is_never_imported(
+    small_model: store.InstalledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("uvicorn", "queue", "numpy"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    model = EngineModel(small_model.name, small_model.path, tier="small", context_length=512)
+    model.close()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("variable", ["XDG_RUNTIME_DIR", "TMPDIR"])
+def test_an_unusable_folder_for_sockets_is_passed_over(
+    small_model: store.InstalledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    monkeypatch.setenv(variable, str(long if variable == "TMPDIR" else tmp_path / "missing"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    model = EngineModel(small_model.name, small_model.path, tier="small", context_length=512)
+    folder = model.process.socket.parent
+    assert len(str(model.process.socket)) < 107
+    model.close()
+    assert not folder.exists()
 
 
 def test_a_damaged_package_is_one_sentence(small_model: store.InstalledModel, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from tiny_checkpoint import MIXED
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
+from lsp_agent.engine.drafting import PromptLookup
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.generation import collect
 from lsp_agent.errors import Cancelled, UserError
@@ -152,3 +153,48 @@ def test_prompts_that_do_not_fit_are_refused_and_answers_end_at_the_context(tiny
         engine.generate([], Sampling(), CancelToken())
     steps = list(engine.generate([1] * 60, Sampling(max_tokens=50), CancelToken(), stop_ids=()))
     assert len(steps) == 4 and steps[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.2, 1.0])
+def test_drafting_changes_nothing_but_the_number_of_runs(tiny_engine, temperature):
+    engine = tiny_engine()
+    ids = [5, 6, 7, 8, 9, 10, 11] * 12
+    sampling = Sampling(max_tokens=60, temperature=temperature, seed=4, repetition_penalty=1.0)
+    plain = list(engine.generate(ids, sampling, CancelToken(), stop_ids=(), drafting=False))
+    drafted = engine.generate(ids, sampling, CancelToken(), stop_ids=())
+    steps = list(drafted)
+    assert [step.token for step in steps] == [step.token for step in plain]
+    np.testing.assert_allclose([step.logprob for step in steps], [step.logprob for step in plain], atol=1e-4)
+    if temperature == 0:
+        assert 0 < drafted.timings.accepted_tokens <= drafted.timings.drafted_tokens
+
+
+def test_what_a_rejected_draft_left_in_the_cache_is_not_used(tiny_engine):
+    engine = tiny_engine()
+    ids = [5, 6, 7, 8, 9, 10, 11] * 12
+    first = engine.generate(ids, Sampling(max_tokens=50, temperature=0.5, seed=1), CancelToken(), stop_ids=())
+    answer = [step.token for step in first]
+    assert first.timings.accepted_tokens < first.timings.drafted_tokens
+    again = engine.generate(ids + answer, Sampling(max_tokens=8), CancelToken(), stop_ids=())
+    tokens = [step.token for step in again]
+    assert again.timings.cached_tokens >= len(ids) + len(answer) - 1
+    engine._prefixes.clear()
+    fresh = engine.generate(ids + answer, Sampling(max_tokens=8), CancelToken(), stop_ids=())
+    assert [step.token for step in fresh] == tokens
+
+
+def test_prompt_lookup():
+    lookup = PromptLookup([1, 2, 3, 4, 5, 6, 1, 2, 3])
+    assert lookup.propose(8) == [4, 5]
+    assert lookup.propose(1) == [4]
+    lookup.extend(9)
+    assert lookup.propose(8) == []
+    for token in (2, 3, 4):
+        lookup.extend(token)
+    assert lookup.propose(8) == [5, 6]
+    for _ in range(20):
+        lookup.judge(2, 0)
+    assert lookup.propose(8) == []  # rests after many wrong guesses
+    for _ in range(200):
+        lookup.propose(8)
+    assert lookup.propose(8) == [5, 6]  # and tries again later

@@ -21,12 +21,12 @@ from lsp_agent.engine.importing import import_checkpoint
 pytestmark = [pytest.mark.parity, pytest.mark.timeout(7200)]
 TOKENS = 64
 NEAR_TIE = 1e-3
-CHECKPOINTS = [Path(p) for p in os.environ.get("LSP_AGENT_PARITY_GGUF", "").split(os.pathsep) if p]
+CHECKPOINTS = [Path(p) for p in os.environ.get("LSP_AGENT_PARITY_GGUF", "missing.gguf").split(os.pathsep) if p]
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS, ids=lambda path: path.stem)
 def pair(request, tmp_path_factory):
-    torch = pytest.importorskip("torch")
+    import torch
     from transformers import AutoModelForCausalLM
 
     source: Path = request.param

@@ -1,4 +1,4 @@
-"""One loaded model for many runs, each of which closes what it is given."""
+"""A model lent to jobs that close what they are given, while its owner keeps it open for the next one."""
 
 from __future__ import annotations
 
@@ -8,15 +8,31 @@ from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import ChatModel, Completion, Message, Sampling, Tier, TokenScore
 
 
-class SharedModel:
-    """Implements `ChatModel` over a model that stays open when this one is closed."""
+class Borrowed:
+    """A `ChatModel` whose `close` leaves the model open for the next job."""
 
     def __init__(self, model: ChatModel) -> None:
         self._model = model
-        self.name: str = model.name
-        self.tier: Tier = model.tier
-        self.context_length: int = model.context_length
-        self.file_tokens: tuple[str, str] | None = model.file_tokens
+
+    @property
+    def name(self) -> str:
+        """As the model's."""
+        return self._model.name
+
+    @property
+    def tier(self) -> Tier:
+        """As the model's."""
+        return self._model.tier
+
+    @property
+    def context_length(self) -> int:
+        """As the model's."""
+        return self._model.context_length
+
+    @property
+    def file_tokens(self) -> tuple[str, str] | None:
+        """As the model's."""
+        return self._model.file_tokens
 
     def chat(
         self, messages: Sequence[Message], sampling: Sampling, cancel: CancelToken, n: int = 1

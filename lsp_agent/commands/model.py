@@ -96,7 +96,7 @@ def model() -> None:
 def list_models(as_json: bool) -> None:
     """Show known and installed models.
 
-    Available ones can be pulled, importable ones imported from a file of yours; this version cannot run unsupported ones.
+    Available ones can be pulled, importable ones imported from your own file; this version cannot run unsupported ones.
     """
     installed = {m.name: m for m in store.installed()}
     manifests = {m.name: m for m in shipped()} | {name: m.manifest for name, m in installed.items()}

@@ -38,7 +38,13 @@ def own_worker(package: Path, threads: int, context: int) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         engine._prefixes.clear()
-        generation = engine.generate(request["ids"], Sampling(max_tokens=request["tokens"]), CancelToken(), stop_ids=())
+        generation = engine.generate(
+            request["ids"],
+            Sampling(max_tokens=request["tokens"]),
+            CancelToken(),
+            stop_ids=(),
+            drafting=request["drafting"],
+        )
         produced = [step.token for step in generation]
         timings = generation.timings
         answer = {"prefill_s": timings.prefill_s, "decode_s": timings.decode_s, "produced": produced}
@@ -57,9 +63,9 @@ class Worker:
                 raise SystemExit("a worker ended early; see its messages above")
         return json.loads(line)
 
-    def ask(self, ids: list[int], tokens: int) -> dict[str, Any]:
+    def ask(self, ids: list[int], tokens: int, drafting: bool = False) -> dict[str, Any]:
         assert self._process.stdin
-        self._process.stdin.write(json.dumps({"ids": ids, "tokens": tokens}) + "\n")
+        self._process.stdin.write(json.dumps({"ids": ids, "tokens": tokens, "drafting": drafting}) + "\n")
         self._process.stdin.flush()
         return self._read()
 
@@ -83,11 +89,13 @@ def compare(arguments: argparse.Namespace, package: Path, threads: int, ids: lis
         ),
     }
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+    drafted: list[dict[str, Any]] = []
     for worker in workers.values():
         worker.ask(ids[:64], 8)  # warm up
     for _ in range(arguments.rounds):
         for name, worker in workers.items():
             samples[name].append(worker.ask(ids, arguments.tokens))
+        drafted.append(workers["ours"].ask(ids, arguments.tokens, drafting=True))
     memory = {name: worker.resident_mb() for name, worker in workers.items()}
     for worker in workers.values():
         worker.close()
@@ -99,6 +107,7 @@ def compare(arguments: argparse.Namespace, package: Path, threads: int, ids: lis
             "resident_mb": memory[name],
             "runs": [{k: run[k] for k in ("prefill_s", "decode_s")} for run in runs],
         }
+    row["drafted_decode"] = (arguments.tokens - 1) / statistics.median(run["decode_s"] for run in drafted)
     ours, theirs = (samples[name][0]["produced"] for name in workers)
     row["same_tokens"] = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
     return row
@@ -134,7 +143,9 @@ def main() -> None:
         print(
             row["threads"], *cells, f"{a['resident_mb']:.0f} / {b['resident_mb']:.0f}", f"{row['load']:.1f}", sep=" | "
         )
-        print(f"  first {row['same_tokens']} greedy tokens alike")
+        ratio = row["drafted_decode"] / b["decode"]
+        print(f"  decode with prompt lookup: {row['drafted_decode']:.1f} = {ratio:.2f}", end="; ")
+        print(f"first {row['same_tokens']} greedy tokens alike")
     if arguments.json:
         arguments.json.write_text(json.dumps({"model": arguments.gguf.name, "rows": rows}, indent=1))
     return None

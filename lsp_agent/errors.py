@@ -26,5 +26,12 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
+class PromptTooLong(UserError):  # noqa: N818 - named by what it says, as `Cancelled`
+    """A prompt or text that does not fit the model's context: only a shorter one can be answered."""
+
+    code = "context_length_exceeded"
+    """As OpenAI's API calls it."""
+
+
 class Cancelled(Exception):  # noqa: N818 - a control-flow signal, named like asyncio.CancelledError
     """Raised inside work whose `CancelToken` was cancelled."""

@@ -144,6 +144,20 @@ def context(path: str, problem: Problem | None, tokens: FileTokens | None) -> st
     return f"{tokens.repo_name}project\n{tokens.file_sep}{problem.path}\n{problem.test}\n{tokens.file_sep}{path}\n"
 
 
+def fitting(prefix: str, suffix: str, characters: int) -> tuple[str, str]:
+    """Cut a fill-in-the-middle request to `characters`: what is nearest to the blank stays, two thirds before it."""
+    if len(prefix) + len(suffix) <= characters:
+        return prefix, suffix
+    after = max(characters // 3, characters - len(prefix))
+    if len(suffix) > after:
+        suffix = f"{suffix[: suffix.rfind(chr(10), 0, after) + 1]}{CUT}\n"
+    before = max(0, characters - len(suffix))
+    if len(prefix) > before:
+        rest = prefix[len(prefix) - before :]
+        prefix = f"{CUT}\n{rest[rest.find(chr(10)) + 1 :]}"
+    return prefix, suffix
+
+
 def wrong_hint(span: Span, text: str) -> str:
     """A comment that says which code was there and is wrong."""
     return f"FIXME: `{' '.join(span.of(text).split())[:100]}` is wrong here"

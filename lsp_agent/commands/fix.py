@@ -59,6 +59,7 @@ def fix(
     from lsp_agent.agent.request import FixRequest, Limits
     from lsp_agent.config import load_settings
     from lsp_agent.engine import open_model
+    from lsp_agent.testing.integrity import ProtectedFiles
     from lsp_agent.testing.pytest_runner import PytestRunner
     from lsp_agent.testing.sandbox import Sandbox
     from lsp_agent.workspace.checkpoints import Checkpoints
@@ -70,7 +71,7 @@ def fix(
     cancel = CancelToken()
     try:
         workspace = Workspace(path)
-        checkpoints = Checkpoints(workspace.root)
+        checkpoints = Checkpoints(workspace.root, protected=ProtectedFiles(workspace.root))
         for message in checkpoints.recover():
             click.echo(f"lsp-agent: {message}", err=True)
         given = {"model": model, "max_turns": max_turns, "max_seconds": max_seconds}

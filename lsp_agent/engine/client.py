@@ -22,7 +22,7 @@ import httpx
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Completion, Message, Sampling, Tier, TokenScore, Usage
-from lsp_agent.errors import Cancelled, UserError
+from lsp_agent.errors import Cancelled, PromptTooLong, UserError
 from lsp_agent.paths import state_dir
 
 IDLE_SECONDS = 600.0
@@ -212,7 +212,7 @@ class EngineModel:
                     f"The engine stopped while it answered; run again, or see {self.process.log}."
                 ) from error
             if response.status_code != 200:
-                raise UserError(_message(response))
+                raise _error(response)
             answer: dict[str, Any] = response.json()
             return answer
         raise UserError(f"The engine stops each time it is asked; see {self.process.log}.")
@@ -251,9 +251,10 @@ def _completions(answer: dict[str, Any], text_of: Any) -> list[Completion]:
     ]
 
 
-def _message(response: httpx.Response) -> str:
+def _error(response: httpx.Response) -> UserError:
     try:
-        message: str = response.json()["error"]["message"]
-        return message
-    except (ValueError, KeyError, TypeError):
-        return f"The engine answered with HTTP status {response.status_code}."
+        error = response.json()["error"]
+        kind = PromptTooLong if error.get("code") == PromptTooLong.code else UserError
+        return kind(error["message"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return UserError(f"The engine answered with HTTP status {response.status_code}.")

@@ -6,28 +6,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Message, Sampling, TokenScore
 from lsp_agent.engine.architecture import ModelConfig
 from lsp_agent.engine.generation import Generation
 from lsp_agent.engine.graph import Accuracy
+from lsp_agent.engine.machine import default_threads
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.sampling import log_softmax
 from lsp_agent.engine.session import Decoder
 from lsp_agent.engine.state import PrefixCache
 from lsp_agent.engine.tokens import Tokenizer
-from lsp_agent.errors import UserError
+from lsp_agent.errors import PromptTooLong
 
 SCORE_CHUNK = 64
 """Positions scored at a time: each has logits over the whole vocabulary."""
-MOST_THREADS = 8
-
-
-def default_threads() -> int:
-    """All physical cores but one, so that tests and the editor keep one; at most eight, as decoding is memory-bound."""
-    return max(1, min(MOST_THREADS, (psutil.cpu_count(logical=False) or 1) - 1))
 
 
 class Engine:
@@ -92,7 +86,8 @@ class Engine:
     def score(self, ids: Sequence[int], cancel: CancelToken) -> list[float]:
         """Natural-log probability of each of `ids[1:]` given all tokens before it."""
         if len(ids) > self.context_length:
-            raise UserError(f"The text has {len(ids)} tokens and the context holds {self.context_length}; shorten it.")
+            message = f"The text has {len(ids)} tokens and the context holds {self.context_length}; shorten it."
+            raise PromptTooLong(message)
         state = self._prefixes.empty()
         scores: list[float] = []
         for start in range(0, len(ids) - 1, SCORE_CHUNK):

@@ -16,7 +16,7 @@ from lsp_agent.engine.sampling import Sampler, log_probability
 from lsp_agent.engine.session import Decoder
 from lsp_agent.engine.state import PrefixCache, State
 from lsp_agent.engine.tokens import StopStrings, TextStream, Tokenizer
-from lsp_agent.errors import UserError
+from lsp_agent.errors import PromptTooLong, UserError
 
 if TYPE_CHECKING:
     from lsp_agent.engine.engine import Engine
@@ -99,7 +99,8 @@ class Generation(Iterator[Step]):
         if not prompt:
             raise UserError("The prompt is empty; give the model something to read.")
         if len(prompt) >= context:
-            raise UserError(f"The prompt has {len(prompt)} tokens and the context holds {context}; shorten the prompt.")
+            message = f"The prompt has {len(prompt)} tokens and the context holds {context}; shorten the prompt."
+            raise PromptTooLong(message)
         self._decoder, self._prefixes, self._tokenizer = decoder, prefixes, tokenizer
         self._prompt, self._sampling, self._cancel = list(prompt), sampling, cancel
         self._stop_ids = frozenset(stop_ids)

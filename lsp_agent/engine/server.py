@@ -24,7 +24,7 @@ from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling, Usage
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.generation import collect
-from lsp_agent.errors import Cancelled, UserError
+from lsp_agent.errors import Cancelled, PromptTooLong, UserError
 
 DISCONNECT_POLL_S = 0.05
 
@@ -73,8 +73,8 @@ class ChatRequest(_SamplingFields):
 Body = TypeVar("Body", bound=_SamplingFields)
 
 
-def _error(message: str, status: int, kind: str) -> JSONResponse:
-    return JSONResponse({"error": {"message": message, "type": kind, "code": None, "param": None}}, status_code=status)
+def _error(message: str, status: int, kind: str, code: str | None = None) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "type": kind, "code": code, "param": None}}, status_code=status)
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
@@ -181,7 +181,8 @@ class EngineServer:
             finally:
                 watch.cancel()
         except UserError as error:
-            return _error(str(error), 400, "invalid_request_error")
+            code = PromptTooLong.code if isinstance(error, PromptTooLong) else None
+            return _error(str(error), 400, "invalid_request_error", code)
         except Cancelled:
             return Response(status_code=499)  # nobody reads it: the client has gone
         finally:

@@ -104,7 +104,7 @@ class Folder:
 
         with self._lock:
             if self._checkpoints is None:
-                self._checkpoints = Checkpoints(self.root)
+                self._checkpoints = Checkpoints(self.root, protected=ProtectedFiles(self.root))
             return self._checkpoints
 
     def check_undo(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import fnmatch
+import os
 import posixpath
 import tomllib
 from pathlib import Path, PurePosixPath
@@ -23,10 +24,12 @@ _INI = (("pytest.ini", "pytest"), (".pytest.ini", "pytest"), ("tox.ini", "pytest
 class ProtectedFiles:
     """Answers `path in protected` for paths relative to `root`, from pytest's own configuration and conventions.
 
-    The configuration is read once, from the user's tree: a run cannot weaken it by editing.
+    A path that leads to a protected file through a symbolic link is protected too. The configuration is read once,
+    from the user's tree: a run cannot weaken it by editing.
     """
 
     def __init__(self, root: Path) -> None:
+        self.root = Path(os.path.realpath(root))
         options = pytest_options(root)
         self.patterns = ["test_*.py", "*_test.py", *_words(options.get("python_files"))]
         self.folders = [
@@ -35,6 +38,17 @@ class ProtectedFiles:
 
     def __contains__(self, path: object) -> bool:
         relative = PurePosixPath(posixpath.normpath(str(path)))
+        target = self._target(str(path))
+        return self._is_protected(relative) or (target is not None and self._is_protected(target))
+
+    def _target(self, path: str) -> PurePosixPath | None:
+        """What `path` leads to, symbolic links followed, relative to the root; None outside of it."""
+        try:
+            return PurePosixPath(os.path.realpath(self.root / path)).relative_to(self.root)
+        except (OSError, ValueError):
+            return None
+
+    def _is_protected(self, relative: PurePosixPath) -> bool:
         name = relative.name
         if name in CONFIGURATION or name.endswith(".pth"):
             return True

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,12 +76,14 @@ def find_root(folder: Path, state: Path | None = None) -> Path:
 class Checkpoints:
     """The run journal of the workspace at `root`; `state` replaces the user's state folder.
 
+    `protected` holds the relative paths that no run may write, whether by their name or through a symbolic link.
     Safe for several processes and threads at once: each call holds the workspace's lock, and first mends what a
     process that died left behind. Every method may raise `UserError`; the user's files are then as they were.
     """
 
-    def __init__(self, root: Path, state: Path | None = None) -> None:
+    def __init__(self, root: Path, state: Path | None = None, *, protected: Container[str] = ()) -> None:
         self.root = Path(root).resolve()
+        self._protected = protected
         self.folder = (state or state_dir()).absolute() / workspace_id(self.root)
         self._journal = Journal(self.folder / "runs")
         self._store = ObjectStore(self.folder / "store")
@@ -104,14 +106,22 @@ class Checkpoints:
         """Write `changes` to the user's files, all or none; those in `skip` are only recorded: the editor writes them.
 
         With `skip`, call `mark_applied_by_editor` when the editor has done its part, or `undo` when it refuses.
-        Raises `UserError` if a file is not what its change says it was before, or cannot be written.
+        Raises `UserError` if a file is protected, is not what its change says it was before, or cannot be written.
         """
+        self._refuse_protected(changes)
         with self._locked() as records:
             record = _find(records, run_id)
             if record.status not in ("begun", "rolled_back"):
                 raise UserError(f"The run {run_id} has already been applied: begin another one.", ExitCode.USAGE)
             record.sequence = _next_sequence(records)
             self._carry_out(record, changes, skip, modes={})
+
+    def _refuse_protected(self, changes: Sequence[FileChange]) -> None:
+        for path in (change.path for change in changes):
+            target = resolve_inside(self.root, path).relative_to(self.root).as_posix()
+            if path in self._protected or target in self._protected:
+                leads = f" leads to {target}, which" if target != path else ""
+                raise UserError(f"{path}{leads} belongs to the tests, which no run may change: nothing was written.")
 
     def mark_applied_by_editor(self, run_id: str) -> None:
         """The editor has made the changes that `apply` or `undo` left to it."""

@@ -169,17 +169,19 @@ def test_drafting_changes_nothing_but_the_number_of_runs(tiny_engine, temperatur
         assert 0 < drafted.timings.accepted_tokens <= drafted.timings.drafted_tokens
 
 
-def test_what_a_rejected_draft_left_in_the_cache_is_not_used(tiny_engine):
+def test_what_a_rejected_draft_left_in_the_cache_is_not_used(tiny_engine, monkeypatch):
     engine = tiny_engine()
-    ids = [5, 6, 7, 8, 9, 10, 11] * 12
-    first = engine.generate(ids, Sampling(max_tokens=50, temperature=0.5, seed=1), CancelToken(), stop_ids=())
-    answer = [step.token for step in first]
-    assert first.timings.accepted_tokens < first.timings.drafted_tokens
-    again = engine.generate(ids + answer, Sampling(max_tokens=8), CancelToken(), stop_ids=())
+    ids = engine.tokenizer.encode(PROMPT)
+    plain = [step.token for step in engine.generate(ids, Sampling(max_tokens=20), CancelToken(), stop_ids=())]
+    monkeypatch.setattr(PromptLookup, "propose", lambda self, limit: [plain[0], 3, 4][:limit])
+    drafted = engine.generate(ids, Sampling(max_tokens=20), CancelToken(), stop_ids=())
+    assert [step.token for step in drafted] == plain
+    assert drafted.timings.accepted_tokens < drafted.timings.drafted_tokens
+    again = engine.generate(ids + plain, Sampling(max_tokens=8), CancelToken(), stop_ids=(), drafting=False)
     tokens = [step.token for step in again]
-    assert again.timings.cached_tokens >= len(ids) + len(answer) - 1
+    assert again.timings.cached_tokens >= len(ids) + len(plain) - 1
     engine._prefixes.clear()
-    fresh = engine.generate(ids + answer, Sampling(max_tokens=8), CancelToken(), stop_ids=())
+    fresh = engine.generate(ids + plain, Sampling(max_tokens=8), CancelToken(), stop_ids=(), drafting=False)
     assert [step.token for step in fresh] == tokens
 
 

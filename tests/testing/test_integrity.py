@@ -89,6 +89,24 @@ def test_a_path_cannot_be_disguised(tmp_path):
         assert path in protected, path
 
 
+def test_a_symbolic_link_is_no_way_around(tmp_path):
+    for folder in ("src", "tests", "checks"):
+        (tmp_path / folder).mkdir()
+    write(tmp_path, "pytest.ini", "[pytest]\ntestpaths = checks\n")
+    for name in ("tests/helper.py", "checks/data.txt", "src/plain.py"):
+        write(tmp_path, name, "")
+    links = {"helper.py": "../tests/helper.py", "twice.py": "helper.py", "data": "../checks", "new.py": "../tests/n.py"}
+    for name, target in {**links, "plain_link.py": "plain.py", "loop.py": "loop.py", "away.py": "/etc/hosts"}.items():
+        (tmp_path / "src" / name).symlink_to(target)
+    (tmp_path / "other").symlink_to(tmp_path)
+    for root in (tmp_path, tmp_path / "other"):
+        runner = PytestRunner(root)
+        for path in ("src/helper.py", "src/twice.py", "src/data/data.txt", "src/new.py", "other/tests/helper.py"):
+            assert runner.is_protected(path), path
+        for path in ("src/plain.py", "src/plain_link.py", "src/loop.py", "src/away.py", "src/missing.py", "nul\0.py"):
+            assert not runner.is_protected(path), path
+
+
 @pytest.mark.parametrize("text", ["[pytest", "\x00", "[tool.pytest"])
 def test_unreadable_configuration_is_no_error(tmp_path, text):
     for name in ("pyproject.toml", "pytest.ini", "setup.cfg"):

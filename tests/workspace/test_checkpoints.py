@@ -198,6 +198,26 @@ def test_read_only_files_folders_and_links_are_clear_errors(root: Path, checkpoi
     assert (root / "b.py").read_bytes() == BOM_CRLF
 
 
+@pytest.mark.parametrize("by_editor", [False, True])
+def test_protected_files_are_written_neither_by_name_nor_through_a_link(
+    root: Path, tmp_path: Path, by_editor: bool
+) -> None:
+    (root / "tests").mkdir()
+    (root / "tests/helper.py").write_bytes(b"1")
+    (root / "link.py").symlink_to("tests/helper.py")
+    (root / "folder").symlink_to("tests")
+    checkpoints = Checkpoints(root, tmp_path / "other-state", protected={"tests/helper.py", "link-to-b.py"})
+    (root / "link-to-b.py").symlink_to("b.py")
+    before = picture(root)
+    checkpoints.begin("r1", Workspace(root))
+    for path in ("tests/helper.py", "link.py", "folder/helper.py", "link-to-b.py"):
+        content = BOM_CRLF if path == "link-to-b.py" else b"1"
+        changes = [FileChange("bin", before["bin"][1], b"2"), FileChange(path, content, b"2")]
+        with pytest.raises(UserError, match="belongs to the tests"):
+            checkpoints.apply("r1", changes, skip=[path] if by_editor else [])
+    assert picture(root) == before
+
+
 @pytest.mark.parametrize("name", ["with space.py", "ünï/çode.py", "new\nline.py", 'quo"te\\.py', os.fsdecode(b"b\xff")])
 def test_weird_names(root: Path, checkpoints: Checkpoints, name: str) -> None:
     (root / name).parent.mkdir(exist_ok=True)

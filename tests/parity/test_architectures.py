@@ -5,6 +5,7 @@ Needs torch: `make test-parity` installs it. `LSP_AGENT_PARITY_EXAMPLES` sets ho
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, event, given, note, settings
 from hypothesis import strategies as st
 from tiny_hf import write_tokenizer
 
@@ -109,6 +110,22 @@ def make_reference(model_type: str, values: dict[str, Any], seed: int, folder: P
     return model
 
 
+def sensitivity(model, ids: list[int], expected: np.ndarray) -> float:
+    """How far the reference's own logits move when every weight is off by about one unit in the last place.
+
+    Gated DeltaNet normalises `S^T q`, so where a query is nearly orthogonal to what was stored, any earlier rounding
+    is magnified (by 1 / |q.k|): there two correct programs differ by more than 1e-4, since they sum in other orders.
+    """
+    import torch
+
+    perturbed = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in perturbed.parameters():
+            parameter *= 1 + torch.randn_like(parameter) * 2.0**-23
+    moved, _ = reference_logits(perturbed, ids)
+    return float(np.abs(moved - expected).max() / np.abs(expected).max())
+
+
 def reference_logits(model, ids: list[int]) -> tuple[np.ndarray, float]:
     """Logits of all positions, and how close the routing of any token came to a tie."""
     import torch
@@ -133,7 +150,10 @@ def reference_logits(model, ids: list[int]) -> tuple[np.ndarray, float]:
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_configuration(model_type, data):
-    """One-shot prefill, prefill at random splits and step-by-step decoding, all within 1e-4 of the reference."""
+    """One-shot prefill, prefill at random splits and step-by-step decoding, all within 1e-4 of the reference.
+
+    More only where the reference itself is that sensitive to rounding.
+    """
     values = data.draw(configs(model_type))
     seed = data.draw(st.integers(0, 2**31))
     length = data.draw(st.integers(2, 90))
@@ -143,7 +163,8 @@ def test_any_configuration(model_type, data):
         model = make_reference(model_type, values, seed, folder / "checkpoint")
         ids = np.random.RandomState(seed).randint(0, 288, length)
         expected, margin = reference_logits(model, ids.tolist())
-        note(f"{values}, seed {seed}, {length} tokens, cut at {cuts}, routing margin {margin:.1e}")
+        moved = sensitivity(model, ids.tolist(), expected)
+        note(f"{values}, seed {seed}, {length} tokens, cut at {cuts}, routing margin {margin:.1e}, moved {moved:.1e}")
         import_checkpoint(folder / "checkpoint", folder / "package")
         decoder = Decoder(Package(folder / "package"), threads=1, context=128, accuracy="exact")
         if margin < NEAR_TIE:
@@ -155,6 +176,7 @@ def test_any_configuration(model_type, data):
                 logits.append(decoder.run(np.array([piece], np.int64), state, range(len(piece))))
                 state.extend(list(piece))
             error = np.abs(np.concatenate(logits) - expected).max() / np.abs(expected).max()
-            assert error < TOLERANCE, f"{len(pieces)} pieces: {error:.1e}"
+            event(f"error below {10 ** np.ceil(np.log10(error + 1e-9)):.0e}")
+            assert error < max(TOLERANCE, 10 * moved), f"{len(pieces)} pieces: {error:.1e}"
     finally:
         shutil.rmtree(folder)

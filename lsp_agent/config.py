@@ -1,11 +1,12 @@
 """Settings: `lsp-agent.toml` in the workspace, environment variables `LSP_AGENT_*`, the editor's initializationOptions.
 
 Later ones win. The workspace's file comes with other people's code, so it cannot switch the sandbox
-off, nor name a model by a path.
+off, nor name a model by a path, nor an interpreter outside of the workspace.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -13,7 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from lsp_agent.errors import ExitCode, UserError
 
@@ -48,7 +55,10 @@ class Settings(BaseSettings):
     @field_validator("interpreter")
     @classmethod
     def _expand(cls, value: Path | None) -> Path | None:
-        return value.expanduser() if value is not None else None
+        try:
+            return value.expanduser() if value is not None else None
+        except RuntimeError:
+            raise ValueError(f"{str(value)!r} starts with a home folder that does not exist") from None
 
     @classmethod
     def settings_customise_sources(
@@ -86,6 +96,11 @@ def load_settings(root: Path | None, options: Mapping[str, Any] | None = None) -
         where = "the editor's options" if name in given else FILE_NAME if name in workspace_file else "the environment"
         what = "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"].rstrip(".").lower()
         raise UserError(f"The setting {name!r} in {where} is not usable: {what}.", ExitCode.USAGE) from error
+    except SettingsError as error:  # only of variables, and only of `pytest_args`: the others are no JSON
+        raise UserError(
+            'The environment variable LSP_AGENT_PYTEST_ARGS is not usable: give a JSON list, such as ["-x"].',
+            ExitCode.USAGE,
+        ) from error
     if settings.interpreter is None or root is None:
         return settings
     return settings.model_copy(update={"interpreter": root / settings.interpreter})  # as it is, if it is absolute
@@ -104,7 +119,7 @@ def _read(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path.name} cannot be read: {error}.", ExitCode.USAGE) from error
     for name in NOT_FROM_WORKSPACE & values.keys():
         raise UserError(
@@ -115,4 +130,17 @@ def _read(path: Path) -> dict[str, Any]:
     model = values.get("model")
     if model is not None and not (isinstance(model, str) and _MODEL_NAME.fullmatch(model)):
         raise UserError(f"{path.name} may name an installed model only, not {model!r}.", ExitCode.USAGE)
+    interpreter = values.get("interpreter")
+    if isinstance(interpreter, str) and not _is_inside(interpreter, path.parent):
+        raise UserError(
+            f"{path.name} may name an interpreter inside the workspace only, not {interpreter!r}; "
+            "set it in your editor or as LSP_AGENT_INTERPRETER.",
+            ExitCode.USAGE,
+        )
     return values
+
+
+def _is_inside(path: str, root: Path) -> bool:
+    """By its name: a virtual environment's own interpreter is a link to one outside."""
+    place = Path(os.path.normpath(root / path))
+    return not path.startswith("~") and "\0" not in path and place.is_relative_to(os.path.normpath(root))

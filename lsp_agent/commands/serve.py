@@ -36,7 +36,8 @@ def serve(tcp: int | None, model: str | None, log_level: str) -> int:
     server = create_server(model)
 
     def leave(number: int, _frame: FrameType | None) -> None:
-        server.leave(128 + number)
+        # The handler interrupts the main thread wherever it is, perhaps with a lock that leaving takes too.
+        threading.Thread(target=server.leave, args=(128 + number,), name="leave", daemon=True).start()
 
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGTERM", "SIGHUP", "SIGINT"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 
@@ -104,18 +104,6 @@ def apply_change(text: str, change: types.TextDocumentContentChangeEvent, encodi
     start = offset_at(text, change.range.start, encoding, starts)
     end = offset_at(text, change.range.end, encoding, starts)
     return text[:start] + change.text + text[max(start, end) :]
-
-
-def apply_edits(text: str, edits: Iterable[types.TextEdit], encoding: Encoding) -> str:
-    """`text` after non-overlapping `edits`, whose ranges all refer to `text` as it was."""
-    starts = line_starts(text)
-    spans = [
-        (offset_at(text, e.range.start, encoding, starts), offset_at(text, e.range.end, encoding, starts), e.new_text)
-        for e in edits
-    ]
-    for start, end, new in sorted(spans, reverse=True):
-        text = text[:start] + new + text[end:]
-    return text
 
 
 def minimal_edits(before: str, after: str, encoding: Encoding) -> list[types.TextEdit]:

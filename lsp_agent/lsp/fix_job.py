@@ -22,7 +22,7 @@ from lsp_agent.lsp.folder import Folder
 from lsp_agent.lsp.jobs import Ending, Job
 from lsp_agent.lsp.report import show_diff
 from lsp_agent.testing.pytest_runner import PytestRunner
-from lsp_agent.testing.results import TestRun
+from lsp_agent.testing.results import TestRun, newly_bad
 from lsp_agent.workspace.changes import FileChange, unified_diff
 from lsp_agent.workspace.merge import ConflictError, merge
 from lsp_agent.workspace.scratch import ScratchTree
@@ -34,10 +34,11 @@ NAMES_SHOWN = 4
 
 
 class RecordingRunner:
-    """A `Runner` that keeps the last run of all tests, for the diagnostics."""
+    """A `Runner` that keeps the first and the last run of all tests, for proofs and for the diagnostics."""
 
     def __init__(self, runner: PytestRunner) -> None:
         self._runner = runner
+        self.first_full: TestRun | None = None
         self.last_full: TestRun | None = None
 
     def run(
@@ -55,6 +56,7 @@ class RecordingRunner:
             tree, nodeids, timeout_s=timeout_s, cancel=cancel, coverage=coverage, fail_fast=fail_fast
         )
         if not nodeids and not fail_fast:
+            self.first_full = self.first_full or run
             self.last_full = run
         return run
 
@@ -156,14 +158,18 @@ def _prove(
     changes: Sequence[FileChange],
     result: FixResult,
 ) -> str:
-    """Run all tests on `workspace` with `changes`; its digest without them. Raises `UserError` when not proven."""
+    """Run all tests on `workspace` with `changes`; its digest without them. Raises `UserError` when not proven.
+
+    As strict as the agent's own proof: what it fixed passes, and no test is worse than in its first run.
+    """
+    before = runner.first_full
+    assert before is not None  # the agent begins with it
     digest = workspace.digest()
     with ScratchTree(workspace) as tree:
         tree.apply(changes)
         run = runner.run(tree.path, timeout_s=folder.settings.test_timeout_seconds, cancel=job.cancel)
     passing = set(run.passing)
-    allowed = set(result.other_failing) | set(result.still_failing)
-    lost = [n for n in result.fixed if n not in passing] + [n for n in run.failing if n not in allowed]
+    lost = [*(n for n in result.fixed if n not in passing), *newly_bad(before, run)]
     if run.error or not run.complete or lost:
         show_diff(folder, unified_diff(changes))
         why = run.error or (f"{short_name(lost[0])} does not pass there" if lost else "the test run was cut short")

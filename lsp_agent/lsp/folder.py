@@ -53,6 +53,8 @@ class Folder:
         self._settings: Settings | None = None
         self._checkpoints: Checkpoints | None = None
         self._publisher = Publisher(editor)
+        self._warned = False
+        """Whether the user was told that tests run without the sandbox."""
         self._lock = threading.RLock()
 
     # settings -----------------------------------------------------------------------------------------------------
@@ -93,9 +95,18 @@ class Folder:
         """A runner for one job: it reads the project's test configuration as it is now."""
         settings = self.settings
         sandbox = Sandbox(self.root, enabled=settings.sandbox)
+        if sandbox.level != "full":
+            self._warn_of(sandbox.reason)
         return PytestRunner(
             self.root, interpreter=settings.interpreter, pytest_args=settings.pytest_args, sandbox=sandbox
         )
+
+    def _warn_of(self, reason: str) -> None:
+        """Say once that the tests, which may be anybody's code, run unprotected."""
+        with self._lock:
+            warned, self._warned = self._warned, True
+        if not warned:
+            self.editor.show(f"{self.root.name}: {reason}", types.MessageType.Warning)
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -122,11 +133,6 @@ class Folder:
         """Replace the results by what `change` makes of them, and show the difference."""
         with self._lock:
             self.results = change(self.results)
-            self._publish()
-
-    def republish(self) -> None:
-        """Show the results again where documents moved under them."""
-        with self._lock:
             self._publish()
 
     def shown(self, uri: str) -> list[types.Diagnostic]:

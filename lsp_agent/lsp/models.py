@@ -1,78 +1,99 @@
-"""The model behind the jobs: opened when a job first needs it, kept for the next, closed with the server."""
+"""The models behind the jobs: opened when a job first needs one, kept for the next, closed with the server."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from lsp_agent import engine
+from lsp_agent.borrowed import Borrowed
 from lsp_agent.cancel import CancelToken
-from lsp_agent.chat_model import ChatModel, Completion, Message, Sampling, Tier, TokenScore
-from lsp_agent.errors import UserError
+from lsp_agent.chat_model import ChatModel
+from lsp_agent.errors import Cancelled, UserError
 
 CHECK_AGAIN_S = 5.0
+_POLL_S = 0.05
 
 
-class Borrowed:
-    """A `ChatModel` whose `close` leaves the model open for the next job."""
+@dataclass(eq=False)
+class _Open:
+    """A model and how many jobs have it."""
 
-    def __init__(self, model: ChatModel) -> None:
-        self._model = model
-        self.file_tokens: tuple[str, str] | None = getattr(model, "file_tokens", None)
+    name: str | None
+    model: ChatModel
+    borrowers: int = 0
 
-    @property
-    def name(self) -> str:
-        """As the model's."""
-        return self._model.name
 
-    @property
-    def tier(self) -> Tier:
-        """As the model's."""
-        return self._model.tier
+class _Lent(Borrowed):
+    """Gives the model back when it is closed."""
 
-    @property
-    def context_length(self) -> int:
-        """As the model's."""
-        return self._model.context_length
-
-    def chat(
-        self, messages: Sequence[Message], sampling: Sampling, cancel: CancelToken, n: int = 1
-    ) -> list[Completion]:
-        """As the model's."""
-        return self._model.chat(messages, sampling, cancel, n)
-
-    def infill(self, prefix: str, suffix: str, sampling: Sampling, cancel: CancelToken, n: int = 1) -> list[Completion]:
-        """As the model's."""
-        return self._model.infill(prefix, suffix, sampling, cancel, n)
-
-    def score(self, text: str, cancel: CancelToken) -> list[TokenScore]:
-        """As the model's."""
-        return self._model.score(text, cancel)
+    def __init__(self, model: ChatModel, give_back: Callable[[], None]) -> None:
+        super().__init__(model)
+        self._give_back: Callable[[], None] | None = give_back
 
     def close(self) -> None:
-        """Leave the model to its owner."""
+        """Give the model back; safe to call twice."""
+        give_back, self._give_back = self._give_back, None
+        if give_back is not None:
+            give_back()
 
 
 class Models:
-    """The one model that is open, shared by the folders of a window. Thread-safe."""
+    """The models that are open, shared by the folders of a window. Thread-safe.
+
+    Each takes much memory, so only the one that was asked for last stays open without a job; another is closed as soon
+    as no job has it.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._open: tuple[str | None, ChatModel] | None = None
+        self._opening = threading.Lock()
+        """Held while a model loads, which takes seconds: the others' giving back must not wait for that."""
+        self._open: list[_Open] = []
+        """The one that was asked for last is the last."""
+        self._closed = False
         self._problems: dict[str | None, tuple[float, str | None]] = {}
 
     def open(self, name: str | None, cancel: CancelToken | None = None) -> ChatModel:
-        """Open the model, or lend the one that is open; another name closes it. Raises as `engine.open_model`."""
+        """Lend the model until it is closed, opening it if need be. Raises as `engine.open_model`."""
+        while not self._opening.acquire(timeout=_POLL_S):
+            if cancel is not None:
+                cancel.raise_if_cancelled()
+        try:
+            with self._lock:
+                if self._closed:
+                    raise Cancelled
+                entry = next((entry for entry in self._open if entry.name == name), None)
+                if entry is not None:
+                    self._open.remove(entry)
+                    self._open.append(entry)
+                    entry.borrowers += 1  # before the idle ones are closed
+                idle = self._take_idle(keep=None)
+            _close(idle)  # first, so that two models need not fit into memory where one does
+            if entry is None:
+                entry = _Open(name, engine.open_model(name, cancel), borrowers=1)
+                with self._lock:
+                    if self._closed:
+                        entry.model.close()
+                        raise Cancelled
+                    self._open.append(entry)
+            return _Lent(entry.model, lambda: self._give_back(entry))
+        finally:
+            self._opening.release()
+
+    def _give_back(self, entry: _Open) -> None:
         with self._lock:
-            if self._open is not None and self._open[0] == name:
-                return Borrowed(self._open[1])
-            if self._open is not None:
-                self._open[1].close()
-                self._open = None
-            model = engine.open_model(name, cancel)
-            self._open = (name, model)
-            return Borrowed(model)
+            entry.borrowers -= 1
+            idle = self._take_idle(keep=self._open[-1] if self._open else None)
+        _close(idle)
+
+    def _take_idle(self, keep: _Open | None) -> list[_Open]:
+        """Take out all but `keep` that no job has; the caller holds the lock and closes them."""
+        idle = [entry for entry in self._open if entry.borrowers == 0 and entry is not keep]
+        self._open = [entry for entry in self._open if entry not in idle]
+        return idle
 
     def problem(self, name: str | None) -> str | None:
         """Why the model cannot be opened, as far as is known; asked again in the background when that is old."""
@@ -96,8 +117,13 @@ class Models:
         return sentence
 
     def close(self) -> None:
-        """Close the model; safe to call twice."""
+        """Close all models, also those that jobs have; safe to call twice."""
         with self._lock:
-            if self._open is not None:
-                self._open[1].close()
-                self._open = None
+            self._closed = True
+            entries, self._open = self._open, []
+        _close(entries)
+
+
+def _close(entries: list[_Open]) -> None:
+    for entry in entries:
+        entry.model.close()

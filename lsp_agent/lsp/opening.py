@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 DOCUMENTS_WAIT_S = 2.0
 """How long the editor may take to send its open documents, before what it had not applied is taken back."""
+CLOCK_SLACK_S = 2.0
 _OUR_RUN = re.compile(r"\d{8}T\d{6}-lsp-(\d+)-[0-9a-f]{8}")
 
 
@@ -60,9 +61,21 @@ def finish_interrupted(folder: Folder) -> None:
     """
     for run in folder.checkpoints.runs():
         match = _OUR_RUN.fullmatch(run.id)
-        if run.status == "awaiting_editor" and match is not None and not psutil.pid_exists(int(match[1])):
+        if run.status == "awaiting_editor" and match is not None and not _lives(int(match[1]), run.time):
             folder.editor.show(_finish(folder, run), types.MessageType.Warning)
     folder.check_undo()
+
+
+def _lives(pid: int, since: float) -> bool:
+    """Whether the process that had this id at the time `since` (s since the epoch) lives: ids are given out again."""
+    try:
+        process = psutil.Process(pid)
+        # The kernel reckons the start from the boot time, which clock corrections move by fractions of a second.
+        return process.create_time() < since + CLOCK_SLACK_S and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
 
 
 def _finish(folder: Folder, run: RunInfo) -> str:

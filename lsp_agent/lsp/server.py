@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 2.0
 """How long jobs may take to end, with their children, when the server leaves."""
+SECTIONS = ("lspAgent", "lsp-agent")
+"""Names of our part of an editor's settings."""
 
 
 class AgentServer(LanguageServer):
@@ -47,16 +49,26 @@ class AgentServer(LanguageServer):
         self.options: dict[str, Any] = {}
         self.exit_code = 1
         self._model = model
+        self._initial: dict[str, Any] = {}
         self._watches: dict[str, Watch] = {}
         self._closed = False
 
-    def set_options(self, given: object) -> None:
-        """Take the editor's settings; `--model` on the command line wins over them."""
-        options = as_mapping(given)
-        nested = as_mapping(options.get("lspAgent", options.get("lsp-agent")))
-        self.options = dict(nested or options)
-        if self._model is not None:
-            self.options["model"] = self._model
+    def initialize_options(self, given: object) -> None:
+        """Take the initialization options, which are all ours, whether or not they lie in a section."""
+        section = _section(given)
+        self._initial = _not_null(as_mapping(given) if section is None else section)
+        self._set_options({})
+
+    def change_options(self, given: object) -> None:
+        """Take our section of the editor's settings, over the initialization options; the others' is not ours."""
+        section = _section(given)
+        if section is not None:
+            self._set_options(_not_null(section))
+
+    def _set_options(self, changed: Mapping[str, Any]) -> None:
+        # `--model` on the command line wins over the editor.
+        model = {"model": self._model} if self._model is not None else {}
+        self.options = {**self._initial, **changed, **model}
 
     def add_folder(self, uri: str) -> None:
         """Serve a workspace folder: recover what a crash left, read its settings, watch its files."""
@@ -128,6 +140,21 @@ def as_mapping(value: object) -> Mapping[str, Any]:
     return fields() if fields is not None else {}
 
 
+def _section(given: object) -> Mapping[str, Any] | None:
+    """Our section of an editor's settings; None when it has none that is an object."""
+    settings = as_mapping(given)
+    for name in SECTIONS:
+        section = settings.get(name)
+        if isinstance(section, Mapping):
+            return section
+    return None
+
+
+def _not_null(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that are null, which is how editors say "not set"."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
 def create_server(model: str | None = None) -> AgentServer:
     """A server with all features registered, not started; `model` overrides the settings'."""
     server = AgentServer(model)
@@ -143,7 +170,7 @@ def _register_lifecycle(server: AgentServer) -> None:
         server.editor.connect(asyncio.get_running_loop())
         server.editor.features = ClientFeatures.of(params.capabilities)
         server.documents.encoding = ServerCapabilitiesBuilder.choose_position_encoding(params.capabilities)
-        server.set_options(params.initialization_options)
+        server.initialize_options(params.initialization_options)
 
     @server.feature(types.INITIALIZED)
     def initialized(_params: types.InitializedParams) -> None:
@@ -165,9 +192,7 @@ def _register_lifecycle(server: AgentServer) -> None:
 
     @server.feature(types.WORKSPACE_DID_CHANGE_CONFIGURATION)
     def configuration_changed(params: types.DidChangeConfigurationParams) -> None:
-        settings = as_mapping(params.settings)
-        if settings:
-            server.set_options(settings)
+        server.change_options(params.settings)
         for folder in server.folders:
             folder.reload_settings(server.options)
 

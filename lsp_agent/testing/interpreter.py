@@ -65,7 +65,7 @@ def find_interpreter(
     """
     environment = os.environ if environment is None else environment
     if explicit is not None:
-        path = explicit.expanduser()
+        path = Path(os.path.expanduser(explicit))  # noqa: PTH111 - Path.expanduser() raises for a user that is not there
         if path.is_dir():
             path = path / "bin" / "python"
         if not path.is_file():
@@ -90,15 +90,24 @@ def _ask(path: Path, wrap: Callable[[Sequence[str]], list[str]], origin: str) ->
             check=True,
         )
         facts = json.loads(reply.stdout.splitlines()[-1])
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        found = Interpreter(
+            _path(facts["executable"] or str(path)),
+            (int(facts["version"][0]), int(facts["version"][1]), int(facts["version"][2])),
+            tuple(dict.fromkeys(_path(p) for p in facts["prefixes"])),
+            tuple(dict.fromkeys(_path(p) for p in facts["path"])),
+        )
+        has_pytest = bool(facts["pytest"])
+    except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"The interpreter {path} (from {origin}) does not work: choose another Python.") from error
-    if not facts["pytest"]:
+    if not has_pytest:
         raise UserError(
             f"pytest is not installed for {path} (from {origin}): install it there with `{path} -m pip install pytest`."
         )
-    return Interpreter(
-        Path(facts["executable"] or path),
-        (facts["version"][0], facts["version"][1], facts["version"][2]),
-        tuple(dict.fromkeys(Path(p) for p in facts["prefixes"])),
-        tuple(dict.fromkeys(Path(p) for p in facts["path"])),
-    )
+    return found
+
+
+def _path(text: str) -> Path:
+    """A path of the interpreter's answer, which a workspace may have made up."""
+    if "\0" in text:
+        raise ValueError("a path with a null byte")
+    return Path(text)

@@ -16,6 +16,7 @@ from pathlib import Path
 from lsp_agent.cancel import CancelToken
 from lsp_agent.errors import Cancelled
 from lsp_agent.testing.environment import scrubbed_environment
+from lsp_agent.testing.installation import link_chain
 from lsp_agent.testing.integrity import ProtectedFiles
 from lsp_agent.testing.interpreter import Interpreter, find_interpreter
 from lsp_agent.testing.merging import Progress
@@ -160,9 +161,8 @@ class PytestRunner:
             "-x" if fail_fast else "--maxfail=0",
             *arguments,
         ]
-        needs = [*interpreter.prefixes, *interpreter.import_path, *_link_chain(interpreter.executable)]
-        home = Path(environment.get("HOME") or Path.home())
-        launch = self.sandbox.launch(argv, tree=tree, run_dir=run_dir, plugin=PLUGIN_DIR, needs=needs, home=home)
+        needs = [*interpreter.prefixes, *interpreter.import_path, *link_chain(interpreter.executable)]
+        launch = self.sandbox.launch(argv, tree=tree, run_dir=run_dir, plugin=PLUGIN_DIR, needs=needs)
         mounted = [tree / path.relative_to(self.root) for path in self.sandbox.environments(needs)]
         mounted = [path for path in mounted if not path.exists()]
         ended = run_group(
@@ -189,18 +189,6 @@ class PytestRunner:
 
     def _faults(self, tree: Path, run_dir: Path) -> tuple[Frame, ...]:
         return read_faults(run_dir / "faults", self.sandbox.locate(tree, run_dir)[0], self._outside())
-
-
-def _link_chain(executable: Path) -> list[Path]:
-    """Return every link from the interpreter to the real file: a sandbox without one of them cannot start it."""
-    chain = []
-    path = executable
-    for _ in range(20):
-        if not path.is_symlink():
-            break
-        path = Path(os.path.normpath(path.parent / path.readlink()))
-        chain.append(path)
-    return chain
 
 
 def remove_bytecode(tree: Path) -> None:

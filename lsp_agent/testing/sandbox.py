@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from lsp_agent import paths
+from lsp_agent.testing.installation import home_folder, may_be_seen, needed_by
 
 Level = Literal["full", "none"]
 RUN_DIR = "/tmp/.lsp-agent"  # noqa: S108 - a folder in the sandbox's own /tmp
@@ -20,8 +21,6 @@ TMPFS_BYTES = 2 << 30
 _NAMESPACES = ["--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
 _BASE = [*_NAMESPACES, "--unshare-cgroup-try", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
 _SYSTEM = ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc"]
-# Under the home folder these are never bound, whatever an interpreter claims to need.
-_NEVER = (".ssh", ".aws", ".azure", ".gnupg", ".config", ".kube", ".docker", ".netrc", ".git-credentials", ".pypirc")
 
 
 @dataclass(frozen=True)
@@ -117,10 +116,15 @@ class Sandbox:
         return self.report.reason
 
     def observe(self, argv: Sequence[str]) -> list[str]:
-        """Wrap a command that only looks: it can write nothing and reach nothing, but sees every file."""
+        """Wrap a command that asks the interpreter `argv[0]` about itself: it can write nothing and reach nothing.
+
+        It sees what tests see, less the workspace: a cloned repository may bring an interpreter of its own.
+        """
         if self.report.bwrap is None:
             return list(argv)
-        return [str(self.report.bwrap), *_BASE, *_SYSTEM, "--chdir", "/", "--", *argv]
+        private = _private()
+        mounts = self._filter_files(needed_by(Path(argv[0])), private)
+        return [str(self.report.bwrap), *_BASE, *_SYSTEM, *mounts, "--chdir", "/", "--", *argv]
 
     def launch(
         self,
@@ -130,7 +134,6 @@ class Sandbox:
         run_dir: Path,
         plugin: Path,
         needs: Sequence[Path],
-        home: Path,
     ) -> Launch:
         """Return how to run `argv`, which names `tree` and `run_dir` as `locate` gives them.
 
@@ -140,7 +143,7 @@ class Sandbox:
         if self.report.bwrap is None:
             prefix = _UNSHARE if self.report.network_cut else []
             return Launch((*prefix, *argv), tree)
-        options = [*_BASE, *_SYSTEM, *self._mounts(tree, run_dir, plugin, needs, home)]
+        options = [*_BASE, *_SYSTEM, *self._mounts(tree, run_dir, plugin, needs)]
         return Launch((str(self.report.bwrap), *options, "--chdir", str(self.root), "--", *argv), Path("/"))
 
     def locate(self, tree: Path, run_dir: Path) -> tuple[str, str]:
@@ -149,25 +152,10 @@ class Sandbox:
             return str(tree), str(run_dir)
         return str(self.root), f"{RUN_DIR}/run"
 
-    def _mounts(self, tree: Path, run_dir: Path, plugin: Path, needs: Sequence[Path], home: Path) -> Iterator[str]:
-        private = _existing([home, Path("/root"), Path("/home"), Path("/tmp"), Path("/var/tmp"), Path("/run")])  # noqa: S108
-        for folder in private:
-            yield from ("--size", str(TMPFS_BYTES), "--tmpfs", str(folder))
-        if os.geteuid() == 0:
-            for secret in ("/etc/shadow", "/etc/gshadow", "/etc/sudoers"):
-                if Path(secret).is_file():
-                    yield from ("--ro-bind", "/dev/null", secret)
-        yield from ("--dir", str(home)) if any(home.is_relative_to(p) for p in private) else ()
-        wanted = [*needs, *self.read_only]
-        outer = [path for path in wanted if not path.is_relative_to(self.root)]
-        for path in _without_nested(outer):
-            hidden = any(path.is_relative_to(folder) for folder in private)
-            if hidden and path.exists() and not _forbidden(path, home):
-                yield from ("--ro-bind", str(path), str(path))
-        for folder in _existing([paths.state_dir(), paths.cache_dir()]):
-            # Only where it is not hidden already: an empty folder would tell that lsp-agent is there.
-            if not any(folder.is_relative_to(p) for p in private) or any(folder.is_relative_to(p) for p in outer):
-                yield from ("--tmpfs", str(folder))
+    def _mounts(self, tree: Path, run_dir: Path, plugin: Path, needs: Sequence[Path]) -> Iterator[str]:
+        private = _private()
+        outer = [path for path in (*needs, *self.read_only) if not path.is_relative_to(self.root)]
+        yield from self._filter_files(outer, private)
         empty = run_dir / "empty"
         empty.touch()
         yield from self._hide_repository(private, empty)
@@ -179,6 +167,25 @@ class Sandbox:
             yield from _hide(git, self.root / ".git", empty)
         yield from ("--ro-bind", str(plugin), f"{RUN_DIR}/plugin")
         yield from ("--bind", str(run_dir), f"{RUN_DIR}/run")
+
+    def _filter_files(self, needed: Sequence[Path], private: Sequence[Path]) -> Iterator[str]:
+        """Empty the private folders and our own, and bring back of `needed` what may be seen."""
+        home = home_folder()
+        for folder in private:
+            yield from ("--size", str(TMPFS_BYTES), "--tmpfs", str(folder))
+        if os.geteuid() == 0:
+            for secret in ("/etc/shadow", "/etc/gshadow", "/etc/sudoers"):
+                if Path(secret).is_file():
+                    yield from ("--ro-bind", "/dev/null", secret)
+        yield from ("--dir", str(home)) if any(home.is_relative_to(p) for p in private) else ()
+        hidden = [path for path in needed if any(path.is_relative_to(folder) for folder in private)]
+        shown = _without_nested([path for path in hidden if may_be_seen(path, home, private)])
+        for path in shown:
+            yield from ("--ro-bind", str(path), str(path))
+        for folder in _existing([paths.state_dir(), paths.cache_dir()]):
+            # Only where it is not hidden already: an empty folder would tell that lsp-agent is there.
+            if not any(folder.is_relative_to(p) for p in private) or any(folder.is_relative_to(p) for p in shown):
+                yield from ("--tmpfs", str(folder))
 
     def environments(self, needs: Sequence[Path]) -> list[Path]:
         """Return the virtual environments among `needs` that lie inside the workspace."""
@@ -201,6 +208,12 @@ class Sandbox:
             yield from _hide(git, git, empty)
 
 
+def _private() -> list[Path]:
+    """The folders that are empty for code of the workspace."""
+    home = home_folder()
+    return _existing([home, *map(Path, ("/root", "/home", "/tmp", "/var/tmp", "/run"))])  # noqa: S108
+
+
 def _hide(source: Path, place: Path, empty: Path) -> tuple[str, ...]:
     # An empty file, not /dev/null: pytest 6 stops at a `.git` that is neither a file nor a folder.
     return ("--tmpfs", str(place)) if source.is_dir() else ("--ro-bind", str(empty), str(place))
@@ -218,10 +231,3 @@ def _without_nested(paths: Sequence[Path]) -> list[Path]:
         if not any(path.is_relative_to(other) for other in kept):
             kept.append(path)
     return kept
-
-
-def _forbidden(path: Path, home: Path) -> bool:
-    """Whether binding `path` would bring back the home folder or a part of it that holds secrets."""
-    if home.is_relative_to(path):
-        return True
-    return path.is_relative_to(home) and path.relative_to(home).parts[0] in _NEVER

@@ -17,6 +17,9 @@ def private_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("LSP_AGENT_CACHE_DIR", str(home / "cache"))
     monkeypatch.setenv("LSP_AGENT_STATE_DIR", str(home / "state"))
+    # The plugins installed for our own tests take most of a short test run's time to load.
+    if pytest.version_tuple >= (8, 4):
+        monkeypatch.setenv("LSP_AGENT_PYTEST_ARGS", json.dumps(["--disable-plugin-autoload"]))
     yield home
 
 

@@ -215,7 +215,9 @@ class EditorClient:
 
     def _notified(self, method: str, params: Any) -> None:
         if method == "window/showMessage":
-            self.messages.append(params["message"])
+            # Where the machine has no sandbox every folder says so once; the tests are about the other messages.
+            if "not sandboxed" not in params["message"]:
+                self.messages.append(params["message"])
         elif method == "window/logMessage":
             self.logs.append(params["message"])
         elif method == "textDocument/publishDiagnostics":

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from lsp_agent.config import load_settings
-from lsp_agent.errors import UserError
+from lsp_agent.errors import ExitCode, UserError
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MODEL", "MAX_TURNS", "MAX_SECONDS", "SANDBOX", "PYTEST_ARGS", "RUN_TESTS_ON_SAVE"):
+    for name in ("MODEL", "MAX_TURNS", "MAX_SECONDS", "SANDBOX", "PYTEST_ARGS", "RUN_TESTS_ON_SAVE", "INTERPRETER"):
         monkeypatch.delenv(f"LSP_AGENT_{name}", raising=False)
 
 
@@ -44,6 +44,11 @@ def test_defaults_need_nothing() -> None:
         ("max_turns = 0", "'max_turns' in lsp-agent.toml"),
         ("max_truns = 5", "there is no such setting"),
         ("max_turns = ", "cannot be read"),
+        ("a = " + "[" * 10_000, "cannot be read"),
+        ('interpreter = "/usr/bin/python3"', "inside the workspace only"),
+        ('interpreter = "~/bin/python"', "inside the workspace only"),
+        ('interpreter = "env/../../python"', "inside the workspace only"),
+        ("interpreter = 3", "'interpreter' in lsp-agent.toml"),
     ],
 )
 def test_a_bad_file_gives_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
@@ -51,6 +56,26 @@ def test_a_bad_file_gives_one_sentence(tmp_path: Path, content: str, sentence: s
     with pytest.raises(UserError, match=sentence) as caught:
         load_settings(tmp_path)
     assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("PYTEST_ARGS", "-x", "LSP_AGENT_PYTEST_ARGS is not usable: give a JSON list"),
+        ("PYTEST_ARGS", "3", "'pytest_args' in the environment"),
+        ("INTERPRETER", "~no-such-user-here/python", "'interpreter' in the environment .* home folder"),
+        ("MAX_TURNS", "many", "'max_turns' in the environment"),
+    ],
+)
+def test_a_bad_variable_gives_one_sentence(
+    name: str, value: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"LSP_AGENT_{name}", value)
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_settings(None)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == ExitCode.USAGE
 
 
 def test_a_bad_option_names_the_editor() -> None:
@@ -65,5 +90,7 @@ def test_the_user_may_switch_the_sandbox_off(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_relative_interpreter_is_the_workspaces(tmp_path: Path) -> None:
     (tmp_path / "lsp-agent.toml").write_text('interpreter = "env/bin/python"\n')
+    assert load_settings(tmp_path).interpreter == tmp_path / "env/bin/python"
+    (tmp_path / "lsp-agent.toml").write_text(f'interpreter = "{tmp_path}/env/bin/python"\n')
     assert load_settings(tmp_path).interpreter == tmp_path / "env/bin/python"
     assert load_settings(tmp_path, {"interpreter": "/usr/bin/python3"}).interpreter == Path("/usr/bin/python3")

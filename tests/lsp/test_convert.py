@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -11,7 +12,6 @@ from lsprotocol import types
 
 from lsp_agent.lsp.convert import (
     apply_change,
-    apply_edits,
     line_range,
     map_line,
     minimal_edits,
@@ -23,6 +23,22 @@ from lsp_agent.lsp.convert import (
 ENCODINGS = [types.PositionEncodingKind.Utf8, types.PositionEncodingKind.Utf16, types.PositionEncodingKind.Utf32]
 PIECES = st.sampled_from(["a", "b", " ", "\n", "\r\n", "\r", "\f", "\u2028", "é", "😀", "中"])
 TEXTS = st.lists(PIECES, max_size=30).map("".join)
+
+
+def offset_in(text: str, position: types.Position, encoding: str) -> int:
+    """Offset of a position, counted in bytes: independently of the server's code."""
+    lines = re.split("(?<=\r\n)|(?<=\n)|(?<=\r)(?!\n)", text)
+    codec, unit = {"utf-8": ("utf-8", 1), "utf-16": ("utf-16-le", 2), "utf-32": ("utf-32-le", 4)}[encoding]
+    column = len(lines[position.line].encode(codec)[: position.character * unit].decode(codec))
+    return sum(map(len, lines[: position.line])) + column
+
+
+def apply_edits(text: str, edits: list[types.TextEdit], encoding: str) -> str:
+    """What an editor makes of edits, whose ranges all refer to `text` as it was."""
+    for edit in sorted(edits, key=lambda e: (e.range.start.line, e.range.start.character), reverse=True):
+        start, end = (offset_in(text, place, encoding) for place in (edit.range.start, edit.range.end))
+        text = text[:start] + edit.new_text + text[end:]
+    return text
 
 
 @pytest.mark.parametrize(("encoding", "character"), [("utf-8", 6), ("utf-16", 4), ("utf-32", 3)])

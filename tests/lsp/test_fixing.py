@@ -7,10 +7,19 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from editor_client import CALC, FULL_CAPABILITIES, EditorClient, without
+
+from lsp_agent.agent.request import FixResult
+from lsp_agent.cancel import CancelToken
+from lsp_agent.errors import UserError
+from lsp_agent.lsp.fix_job import RecordingRunner, _prove
+from lsp_agent.testing.results import TestResult, TestRun
+from lsp_agent.workspace.changes import FileChange
+from lsp_agent.workspace.workspace import Workspace
 
 Script = Callable[..., str]
 RIGHT: dict[str, Any] = {"on": "infill", "answers": ["return a + b"]}
@@ -206,6 +215,27 @@ def test_typing_at_the_very_moment_of_the_edit_is_not_lost(project: Path, script
         editor.message("failed before and passes now")
         assert editor.text("calc.py") == CALC.replace("a - b", "a + b").replace("Arithmetic.", "Mine.")
         assert len(editor.edits) == 2
+
+
+@pytest.mark.parametrize("double", ["passed", "skipped", "failed", "gone"])
+def test_the_proof_on_the_merged_tree_is_as_strict_as_the_agents(project: Path, double: str) -> None:
+    def run_of(**outcomes: Any) -> TestRun:
+        results = {f"t.py::test_{n}": TestResult(f"t.py::test_{n}", o) for n, o in outcomes.items() if o != "gone"}
+        return TestRun(results, 0.1, ("pytest",))
+
+    runs = iter([run_of(add="failed", double="passed"), run_of(add="passed", double=double)])
+    runner = RecordingRunner(SimpleNamespace(run=lambda *_, **__: next(runs)))  # type: ignore[arg-type]
+    runner.run(project, timeout_s=1, cancel=CancelToken())
+    editor = SimpleNamespace(show_document=lambda _uri: True)
+    folder: Any = SimpleNamespace(settings=SimpleNamespace(test_timeout_seconds=1), editor=editor)
+    job: Any = SimpleNamespace(cancel=CancelToken())
+    change = FileChange("calc.py", CALC.encode(), CALC.replace("a - b", "a + b").encode())
+    result = FixResult("green", (change,), fixed=("t.py::test_add",))
+    if double in ("passed", "skipped"):
+        _prove(folder, job, runner, Workspace(project), [change], result)
+    else:
+        with pytest.raises(UserError, match="test_double does not pass there"):
+            _prove(folder, job, runner, Workspace(project), [change], result)
 
 
 def two_files(root: Path) -> None:

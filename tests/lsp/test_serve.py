@@ -125,6 +125,26 @@ def test_a_signal_ends_the_server_and_its_tests(sleepy: Path, number: signal.Sig
     assert _wait(lambda: all_gone(children), 3)
 
 
+def test_a_signal_that_comes_while_the_server_holds_a_lock_ends_it_too(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, time\n"
+        "from lsp_agent.lsp.jobs import JobSlot\n"
+        "def start(slot, *_arguments, **_options):\n"
+        "    with slot._lock:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(0.2)\n"
+        "JobSlot.start = start\n"
+    )
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    editor = EditorClient(project, environment=environment)
+    try:
+        command = {"command": "lspAgent.runTests", "arguments": [{"folder": project.as_uri()}]}
+        editor._send({"id": 1000, "method": "workspace/executeCommand", "params": command})
+        assert editor.process.wait(10) == 128 + signal.SIGTERM
+    finally:
+        editor.kill()
+
+
 def test_kill_9_leaves_no_test_running(sleepy: Path) -> None:
     editor, children = sleeping_editor(sleepy)
     editor.kill()

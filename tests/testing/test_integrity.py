@@ -107,7 +107,7 @@ def test_a_symbolic_link_is_no_way_around(tmp_path):
             assert not runner.is_protected(path), path
 
 
-@pytest.mark.parametrize("text", ["[pytest", "\x00", "[tool.pytest"])
+@pytest.mark.parametrize("text", ["[pytest", "\x00", "[tool.pytest", "a = " + "[" * 10_000])
 def test_unreadable_configuration_is_no_error(tmp_path, text):
     for name in ("pyproject.toml", "pytest.ini", "setup.cfg"):
         (tmp_path / name).write_text(text)

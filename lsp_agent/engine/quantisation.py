@@ -212,20 +212,26 @@ def quantise_4bit(values: Array, block: int) -> Blocks:
     index = np.abs(grouped).argmax(axis=-1)[..., None]
     extreme = np.take_along_axis(grouped, index, axis=-1)[..., 0]
     weights = grouped**2 + (grouped**2).mean(axis=-1, keepdims=True)
-    best_error = np.full(extreme.shape, np.inf, np.float32)
-    best_scale = np.zeros(extreme.shape, np.float32)
-    best_codes = np.zeros(grouped.shape, np.float32)
+    weighted = weights * grouped
+    best_gain = np.full(extreme.shape, -1, np.float32)
+    best_scale, best_inverse = np.zeros_like(extreme), np.zeros_like(extreme)
     for divisor in np.arange(-9.2, -6.9, 0.2, dtype=np.float32):
         inverse = np.divide(divisor, extreme, out=np.zeros_like(extreme), where=extreme != 0)
-        codes = np.clip(np.rint(grouped * inverse[..., None]), -8, 7)
-        norm = (weights * codes**2).sum(axis=-1)
-        scale = np.divide((weights * codes * grouped).sum(axis=-1), norm, out=np.zeros_like(norm), where=norm > 0)
-        error = (weights * (grouped - codes * scale[..., None]) ** 2).sum(axis=-1)
-        better = error < best_error
-        best_error, best_scale = np.where(better, error, best_error), np.where(better, scale, best_scale)
-        best_codes = np.where(better[..., None], codes, best_codes)
-    codes = (best_codes + 8).astype(np.uint8)
+        codes = _codes_4bit(grouped, inverse)
+        along = np.einsum("...i,...i", weighted, codes)
+        norm = np.einsum("...i,...i,...i", weights, codes, codes)
+        scale = np.divide(along, norm, out=np.zeros_like(norm), where=norm > 0)
+        better = along * scale > best_gain  # the squared error is a constant less this
+        best_gain = np.where(better, along * scale, best_gain)
+        best_scale, best_inverse = np.where(better, scale, best_scale), np.where(better, inverse, best_inverse)
+    codes = (_codes_4bit(grouped, best_inverse) + 8).astype(np.uint8)
     return Blocks(BlockFormat(4, block, False), codes[..., 0::2] | (codes[..., 1::2] << 4), best_scale)
+
+
+def _codes_4bit(grouped: Array, inverse: Array) -> Array:
+    codes = grouped * inverse[..., None]
+    np.rint(codes, out=codes)
+    return np.clip(codes, -8, 7, out=codes)
 
 
 def widen(blocks: Blocks) -> Blocks:

@@ -171,3 +171,16 @@ def test_the_prefix_cache_recycles_hybrid_states(hf_engine):
         logits = prefill(engine._decoder, cache.take(ids), ids, CancelToken())
         expected, _ = read(engine, [ids])
         np.testing.assert_allclose(logits, expected[-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [HYBRID, ATTENTION])
+def test_only_states_that_can_drop_guesses_are_drafted_on(hf_package, name):
+    engine = Engine.load(hf_package(name), threads=1, accuracy="exact")
+    ids = [5, 6, 7, 8] * 10
+    answers = []
+    for drafting in (True, False):
+        generation = engine.generate(ids, Sampling(max_tokens=24), CancelToken(), stop_ids=(), drafting=drafting)
+        answers.append([step.token for step in generation])
+        assert (generation.timings.drafted_tokens > 0) == (drafting and name == ATTENTION)
+        engine._prefixes.clear()
+    assert answers[0] == answers[1]

@@ -33,6 +33,11 @@ class Budget:
         return max(0.0, self.limits.max_seconds - self.reserve_s - self.seconds)
 
     @property
+    def seconds_to_end(self) -> float:
+        """Until the limit, with what is kept for the proof; never negative."""
+        return max(0.0, self.limits.max_seconds - self.seconds)
+
+    @property
     def tokens(self) -> int:
         """Tokens read anew and tokens written."""
         return self.usage.prompt_tokens - self.usage.cached_tokens + self.usage.completion_tokens

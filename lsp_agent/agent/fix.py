@@ -10,22 +10,23 @@ from typing import Any
 
 from lsp_agent.agent import events
 from lsp_agent.agent.asking import Asking
+from lsp_agent.agent.attempts import Attempts
 from lsp_agent.agent.budget import Budget, BudgetSpent
 from lsp_agent.agent.candidates import Ask
 from lsp_agent.agent.gates import Gates
-from lsp_agent.agent.judge import Judge, Verdict, passes
+from lsp_agent.agent.judge import LAST_TIMEOUT_S, Judge, Verdict, passes
 from lsp_agent.agent.loading import Loading
 from lsp_agent.agent.localise import Suspect, localise
 from lsp_agent.agent.minimise import minimise
 from lsp_agent.agent.prompts import Problem, problem
-from lsp_agent.agent.proof import Proof, baseline, prove, second_look, targets
+from lsp_agent.agent.proof import Proof, baseline, proof_timeout, prove, second_look, targets
 from lsp_agent.agent.request import FixRequest, FixResult, OpenModel, Status
 from lsp_agent.agent.search import Search
 from lsp_agent.agent.source import Source
 from lsp_agent.agent.trajectory import Trajectory
 from lsp_agent.agent.tree import Originals
 from lsp_agent.cancel import CancelToken
-from lsp_agent.testing.results import TestResult, TestRun
+from lsp_agent.testing.results import TestResult, TestRun, newly_bad
 from lsp_agent.testing.runner import Runner
 from lsp_agent.workspace.revision import revision
 from lsp_agent.workspace.scratch import ScratchTree
@@ -90,7 +91,7 @@ class _Run:
         self.budget = Budget(request.limits)
         self.originals = Originals(scratch)
         self.gates = Gates()
-        self.furthest: dict[str, str] = {}
+        self.attempts = Attempts()
 
     def result(self) -> FixResult:
         """Baseline, search, proof."""
@@ -100,7 +101,10 @@ class _Run:
         wanted = targets(before, self.request)
         if not wanted:
             return self._end("nothing_failing", before)
-        again = second_look(self.runner, self.scratch, before, wanted, self.request.test_timeout_s, self.cancel)
+        self.loading.raise_error()  # it will be needed: no need to run more tests first
+        test_timeout = self.request.test_timeout_s
+        limit = min(test_timeout, max(LAST_TIMEOUT_S, self.budget.seconds_left))
+        again = second_look(self.runner, self.scratch, before, wanted, limit, self.cancel)
         self._record_tests("second look", again)
         flaky = tuple(n for n in wanted if passes(again, n))
         wanted = tuple(n for n in wanted if n not in flaky)
@@ -110,7 +114,8 @@ class _Run:
         self.on_event(events.ModelReady(model.name, self.loading.seconds))
         self.budget.reserve_s = min(2 * before.seconds, self.request.limits.max_seconds / 4)
         self.asking = Asking(model, self.budget, self.trajectory, self.on_event, self.cancel)
-        self.judge = Judge(self.runner, self.scratch, before, self.request.test_timeout_s, self.cancel)
+        left = self.budget
+        self.judge = Judge(self.runner, self.scratch, before, test_timeout, lambda: left.seconds_left, self.cancel)
         self.state = _State(before)
         reason = self._solve_all(wanted, again)
         fixed = tuple(n for n in before.failing if n not in flaky and passes(self.state.run, n))
@@ -118,19 +123,43 @@ class _Run:
         unsolved = tuple(n for n in wanted if not passes(self.state.run, n))
         changes = self.originals.changes(self.state.texts) or ()
         if unsolved or not changes:
-            best = changes or self.originals.changes(self.furthest) or ()
-            reason = reason or f"No candidate made {unsolved[0]} pass."
+            reason = reason or f"No candidate made {(unsolved or wanted)[0]} pass."
+            if not changes and self.attempts.verdict is not None:
+                return self._end("not_green", before, reason=reason, flaky=flaky, **self._breaking(before, wanted))
+            best = changes or self.originals.changes(self.attempts.further) or ()
             return self._end("not_green", before, reason=reason, best=best, fixed=fixed, unsolved=unsolved, flaky=flaky)
         self.on_event(events.Verifying())
-        proof = prove(self.runner, self.workspace, changes, before, fixed, self.request.test_timeout_s, self.cancel)
+        proof = prove(
+            self.runner,
+            self.workspace,
+            changes,
+            before,
+            fixed,
+            lambda: proof_timeout(test_timeout, left.seconds_to_end, before),
+            self.cancel,
+            self.judge.known_failing,
+        )
         self._record_proof(proof)
         if proof.problem:
-            return self._end(
-                "not_green", before, reason=proof.problem, best=proof.changes, unsolved=wanted, flaky=flaky
-            )
+            more = {"best": proof.changes, "unsolved": wanted, "broken": proof.broken}
+            return self._end("not_green", before, reason=proof.problem, flaky=flaky, **more)
         return self._end(
             "green", before, changes=proof.changes, best=proof.changes, fixed=fixed, flaky=flaky, last=proof.run
         )
+
+    def _breaking(self, before: TestRun, wanted: tuple[str, ...]) -> dict[str, Any]:
+        """What to report of the best attempt when it makes other tests worse."""
+        verdict, best = self.attempts.verdict, self.originals.changes(self.attempts.breaking) or ()
+        assert verdict is not None
+        # The search may have stopped at the first tests that broke: the report is to name all.
+        run = verdict.run or self.judge.full(best, self.budget.seconds_to_end)
+        return {
+            "best": best,
+            "fixed": tuple(n for n in before.failing if passes(run, n)),
+            "broken": tuple(dict.fromkeys([*newly_bad(before, run), *verdict.broken])),
+            "unsolved": tuple(n for n in wanted if not passes(run, n)),
+            "last": run,
+        }
 
     def _solve_all(self, wanted: tuple[str, ...], again: TestRun) -> str:
         """Work on one failing test after the other, keeping progress; returns why it stopped early, if it did."""
@@ -180,10 +209,12 @@ class _Run:
             return self._judged(ask, f"refused: {refused}")
         verdict = self._test(texts, target)
         self._judged(ask, verdict.kind, verdict)
+        if verdict.kind == "breaks others":
+            self.attempts.keep_breaking(texts, verdict)
         if verdict.kind == "further":
             search.seeds.append((verdict.depth, texts))
             if verdict.run is not None and not self.judge.broken(self.state.run, verdict.run):
-                self.furthest = texts
+                self.attempts.further = texts
         if verdict.run is None or not self._better(verdict):
             return False
         if verdict.kind == "passes":
@@ -228,7 +259,7 @@ class _Run:
         return self.judge.judge(changes, target, self.state.run)
 
     def _refused(self, path: str, before: str, texts: dict[str, str]) -> str | None:
-        if self.runner.is_protected(path):
+        if any(self.runner.is_protected(p) for p in texts):
             return "tests and their configuration are read-only"
         return self.gates.refuse(path, before, texts)
 
@@ -273,7 +304,7 @@ class _Run:
         unsolved = more.pop("unsolved", ())
         fixed = more.get("fixed", ())
         final = last or (self.state.run if hasattr(self, "state") else before)
-        wanted = {*targets(before, self.request), *unsolved}
+        wanted = {*targets(before, self.request), *unsolved, *more.get("broken", ())}
         return FixResult(
             status=status,
             still_failing=tuple(n for n in unsolved if n not in fixed),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from lsp_agent.cancel import CancelToken
-from lsp_agent.testing.results import TestRun
+from lsp_agent.testing.results import TestRun, newly_bad
 from lsp_agent.testing.runner import Runner
 from lsp_agent.workspace.changes import FileChange
 from lsp_agent.workspace.scratch import ScratchTree
@@ -17,6 +17,8 @@ SMALL_SUITE_S = 2.0
 """A suite whose tests take no longer is run whole each time: starting pytest is most of the cost."""
 UNKNOWN_START_S = 1.0
 LEAST_TIMEOUT_S = 2.5
+LAST_TIMEOUT_S = 1.0
+"""What a test run gets at least, however little is left of the run's time."""
 SLOWDOWN = 4.0
 """How many times slower than the baseline a candidate's run may be before it counts as hanging."""
 
@@ -41,14 +43,22 @@ class Judge:
     """Compares candidates with the baseline. `scratch` belongs to it while it works."""
 
     def __init__(
-        self, runner: Runner, scratch: ScratchTree, baseline: TestRun, timeout_s: float, cancel: CancelToken
+        self,
+        runner: Runner,
+        scratch: ScratchTree,
+        baseline: TestRun,
+        timeout_s: float,
+        seconds_left: Callable[[], float],
+        cancel: CancelToken,
     ) -> None:
         self.baseline = baseline
+        self.known_failing: set[str] = set()
+        """Failing tests that a cut baseline never reached, and that fail on the unchanged tree too."""
         self._runner = runner
         self._scratch = scratch
         self._timeout_s = timeout_s
+        self._seconds_left = seconds_left
         self._cancel = cancel
-        self._unknown_failing: set[str] = set()
         in_tests = sum(r.seconds for r in baseline.results.values())
         # Of a cut run it is not known how long starting took.
         self._start_s = max(0.0, baseline.seconds - in_tests) if baseline.complete else UNKNOWN_START_S
@@ -85,35 +95,37 @@ class Judge:
                 return Verdict("breaks others", elapsed, tests, full, broken)
         return Verdict("passes", time.monotonic() - began, tests, run)
 
-    def broken(self, reference: TestRun, run: TestRun, within: tuple[str, ...] = ()) -> tuple[str, ...]:
-        """Tests that passed in `reference` and do not in `run`, and failing tests that nobody knew.
+    def full(self, changes: Sequence[FileChange], seconds: float) -> TestRun:
+        """Run all tests on `changes`, for at most `seconds`."""
+        self._scratch.reset()
+        self._scratch.apply(changes)
+        limit = min(self._timeout_s, max(LAST_TIMEOUT_S, seconds))
+        return self._runner.run(self._scratch.path, timeout_s=limit, cancel=self._cancel)
 
-        `within` limits it to the tests that were asked for. A run that was cut proves nothing, so all it lacks counts.
-        """
+    def broken(self, reference: TestRun, run: TestRun, within: tuple[str, ...] = ()) -> tuple[str, ...]:
+        """What `run` makes worse than `reference`; `within` limits it to the files that were asked for."""
         if within and "::" in within[0]:
             return ()
-        asked = [n for n in reference.passing if not within or n.partition("::")[0] in within]
-        passing = set(run.passing)
-        lost = [n for n in asked if n not in passing]
-        opened = {n for n, r in reference.results.items() if r.bad and "::" not in n}
-        unknown = [
-            n
-            for n in run.failing
-            if n not in reference.results and n not in self._unknown_failing and n.partition("::")[0] not in opened
-        ]
+        found = [n for n in worse(reference, run) if not within or n.partition("::")[0] in within]
+        unknown = [n for n in found if n not in reference.results and n not in self.known_failing]
         if unknown and not reference.complete:
             unknown = self._newly_failing(unknown)
-        return tuple(dict.fromkeys([*lost, *unknown]))
+        return tuple(n for n in found if n in reference.results or n in unknown)
 
     def _newly_failing(self, nodeids: Sequence[str]) -> list[str]:
         """Of tests that a cut baseline never reached, those that pass on the unchanged tree."""
         self._scratch.reset()
-        run = self._runner.run(self._scratch.path, nodeids, timeout_s=self._timeout_s, cancel=self._cancel)
+        limit = min(self._timeout_s, max(LAST_TIMEOUT_S, self._seconds_left()))
+        run = self._runner.run(self._scratch.path, nodeids, timeout_s=limit, cancel=self._cancel)
         good = set(run.passing)
-        self._unknown_failing |= {n for n in nodeids if n not in good}
+        self.known_failing |= {n for n in nodeids if n not in good}
         return [n for n in nodeids if n in good]
 
     def _timeout(self, step: tuple[str, ...]) -> float:
+        """Seconds a run of `step` gets: never more than are left, but for the time to start at all."""
+        return min(self._hanging(step), max(LAST_TIMEOUT_S, self._seconds_left()))
+
+    def _hanging(self, step: tuple[str, ...]) -> float:
         """Seconds after which a run of `step` counts as hanging: several times what the baseline took for it."""
         if not self.baseline.complete and not (step and "::" in step[0]):
             return self._timeout_s  # how long it takes is not known
@@ -122,6 +134,15 @@ class Judge:
             if result.outcome != "timeout" and (not step or nodeid in step or nodeid.partition("::")[0] in step):
                 seconds += result.seconds
         return min(self._timeout_s, max(LEAST_TIMEOUT_S, SLOWDOWN * seconds))
+
+
+def worse(before: TestRun, after: TestRun) -> tuple[str, ...]:
+    """Ids of the tests that `after` makes worse: bad now and not before, or passed before and skipped or gone now.
+
+    A run that was cut proves nothing, so all that passed before and that it lacks counts.
+    """
+    good = {n for n, r in after.results.items() if r.outcome in ("passed", "xfailed", "xpassed")}
+    return tuple(dict.fromkeys([*newly_bad(before, after), *(n for n in before.passing if n not in good)]))
 
 
 def passes(run: TestRun, target: str) -> bool:

@@ -35,6 +35,11 @@ class Loading:
         if self._model is not None:
             self._model.close()
 
+    def raise_error(self) -> None:
+        """Raise what opening the model raised, if it did already; never waits."""
+        if self._error is not None:
+            raise self._error
+
     def result(self) -> ChatModel:
         """Wait for the model. Raises what opening it raised, and `Cancelled`."""
         self._thread.join()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from lsp_agent.agent.judge import passes
+from lsp_agent.agent.judge import passes, worse
 from lsp_agent.agent.request import FixRequest
 from lsp_agent.cancel import CancelToken
 from lsp_agent.errors import ExitCode, UserError
@@ -19,22 +19,28 @@ from lsp_agent.workspace.workspace import Workspace
 VERIFY_ATTEMPTS = 3
 MOST_TESTS_WITH_COVERAGE = 300
 HUNG_S = 20.0
+LEAST_PROOF_S = 10.0
+PROOF_SLOWDOWN = 3.0
+"""How many times what the baseline took the proof gets, however little is left: a solved bug is worth the wait."""
 
 
 def baseline(runner: Runner, scratch: ScratchTree, request: FixRequest, cancel: CancelToken) -> TestRun:
     """Run all tests of the unchanged tree; raise `UserError` when there is nothing to work with."""
-    run = runner.run(scratch.path, timeout_s=request.test_timeout_s, cancel=cancel)
+    limit = min(request.test_timeout_s, request.limits.max_seconds)
+    run = runner.run(scratch.path, timeout_s=limit, cancel=cancel)
     if request.nodeids and not run.error:
         missing = [n for n in request.nodeids if not _matching(run, n)]
         if missing:
             # A name the full run did not have: pytest knows whether it exists at all.
             scratch.reset()
-            asked = runner.run(scratch.path, missing, timeout_s=request.test_timeout_s, cancel=cancel)
+            asked = runner.run(scratch.path, missing, timeout_s=limit, cancel=cancel)
             if asked.error or not asked.results:
                 raise UserError(asked.error or f"This test does not exist: {missing[0]}.", ExitCode.USAGE)
             run = TestRun(
                 {**run.results, **asked.results}, run.seconds, run.command, run.complete, run.error, {}, run.output
             )
+    if not run.results and not run.complete and not run.error:
+        raise UserError(f"No test ended within {limit:.0f} seconds: allow more time for the tests and for the run.")
     if not run.results:
         raise UserError(run.error or f"No tests were found in {scratch.workspace.root}.")
     if run.error and not run.failing:
@@ -81,6 +87,8 @@ class Proof:
     changes: tuple[FileChange, ...]
     run: TestRun | None = None
     problem: str = ""
+    broken: tuple[str, ...] = ()
+    """What the changes make worse."""
 
 
 def prove(
@@ -89,13 +97,15 @@ def prove(
     changes: Sequence[FileChange],
     before: TestRun,
     fixed: Sequence[str],
-    timeout_s: float,
+    timeout_s: Callable[[], float],
     cancel: CancelToken,
+    known_failing: Collection[str] = (),
 ) -> Proof:
     """Run all tests on a fresh copy of the user's tree as it is now, with `changes` in it.
 
     What the user edited meanwhile is kept: the changes are merged into it, and the run is done again when the tree
-    changed while it ran.
+    changed while it ran. `timeout_s` says how long the next run may take; `known_failing` are tests that `before` does
+    not hold and that fail without the changes too.
     """
     current = tuple(changes)
     for _ in range(VERIFY_ATTEMPTS):
@@ -106,11 +116,14 @@ def prove(
             return Proof(current, None, "The same lines were edited while the fix was found; run again.")
         if not current:
             return Proof(current, None, "The files were edited while the fix was found and hold it already; run again.")
+        if refused := protected(runner, current):
+            return Proof(current, None, refused)
         with ScratchTree(workspace) as fresh:
             fresh.apply(current)
-            run = runner.run(fresh.path, timeout_s=timeout_s, cancel=cancel)
+            run = runner.run(fresh.path, timeout_s=timeout_s(), cancel=cancel)
         if workspace.digest() == digest:
-            return Proof(current, run, _lacking(before, run, fixed))
+            broken = tuple(n for n in worse(before, run) if n not in known_failing)
+            return Proof(current, run, protected(runner, current) or _lacking(run, fixed, broken), broken)
     return Proof(current, None, "The files kept changing while the fix was proven; run again when they are still.")
 
 
@@ -127,7 +140,18 @@ def _rebased(workspace: Workspace, changes: Sequence[FileChange]) -> tuple[FileC
     return tuple(rebased)
 
 
-def _lacking(before: TestRun, run: TestRun, fixed: Sequence[str]) -> str:
+def proof_timeout(test_timeout_s: float, left_s: float, before: TestRun) -> float:
+    """Seconds of the last run: what is left, but never less than a slow run of the same tests takes."""
+    return min(test_timeout_s, max(left_s, LEAST_PROOF_S, PROOF_SLOWDOWN * before.seconds))
+
+
+def protected(runner: Runner, changes: Sequence[FileChange]) -> str:
+    """One sentence when a change concerns a test, or leads to one through a symbolic link."""
+    found = next((c.path for c in changes if runner.is_protected(c.path)), None)
+    return f"{found} belongs to the tests, which no run may change." if found else ""
+
+
+def _lacking(run: TestRun, fixed: Sequence[str], broken: Sequence[str]) -> str:
     if run.error:
         return f"The last test run failed: {run.error}"
     if not run.complete:
@@ -135,10 +159,8 @@ def _lacking(before: TestRun, run: TestRun, fixed: Sequence[str]) -> str:
     lost = [n for n in fixed if not passes(run, n)]
     if lost:
         return f"{lost[0]} did not pass in the last run, on the tree as it is now."
-    passing = set(run.passing)
-    broken = [n for n in before.passing if n not in passing]
     if broken:
-        return f"{broken[0]} passed before and did not in the last run, on the tree as it is now."
+        return f"{broken[0]} did not fail before and got worse in the last run, on the tree as it is now."
     return ""
 
 

@@ -55,7 +55,7 @@ class FixResult:
     still_failing: tuple[str, ...] = ()
     """Targets that fail with `best`."""
     broken: tuple[str, ...] = ()
-    """Tests that passed before and fail with `best`; empty when green."""
+    """Tests that `best` makes worse: they fail with it and did not before, or passed and are gone; empty when green."""
     flaky: tuple[str, ...] = ()
     """Targets that failed in the first run and passed in the second, on the same code."""
     other_failing: tuple[str, ...] = ()

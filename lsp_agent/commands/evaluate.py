@@ -47,7 +47,9 @@ def humanevalfix(
 ) -> int:
     """Repair the tasks of a HumanEvalFix FILE (JSON lines), each as a small repository with a pytest test.
 
-    Prints a line a task and a summary as one JSON object; with --out also results.jsonl and summary.json.
+    Prints a line a task and a summary as one JSON object. With --out also writes fix.jsonl (a row a task) and
+    fix-summary.json there, or single-shot.jsonl and single-shot-summary.json; a second run with the same model, seed
+    and time goes on where the first ended.
     """
     from lsp_agent.evals import harness
     from lsp_agent.evals.humanevalfix import load
@@ -64,6 +66,8 @@ def humanevalfix(
     kind = baseline or "fix"
     results = out / f"{kind}.jsonl" if out else None
     rows = harness.read_rows(results) if results else []
+    if results and rows:
+        harness.check_same_settings(results, rows, harness.settings(_model_name(model), seed, max_seconds))
     done = {row["task_id"] for row in rows}
     todo: queue.SimpleQueue[Task] = queue.SimpleQueue()
     for task in tasks:
@@ -112,6 +116,14 @@ def humanevalfix(
     if out:
         (out / f"{kind}-summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
     return ExitCode.OK
+
+
+def _model_name(model: str | None) -> str:
+    """The name that rows made with this choice of a model carry."""
+    from lsp_agent.engine import SCRIPTED
+    from lsp_agent.engine.store import resolve
+
+    return model if model and model.startswith(SCRIPTED) else resolve(model).name
 
 
 def _print_row(row: dict[str, Any], number: int, total: int) -> None:

@@ -65,11 +65,11 @@ def fix(
     from lsp_agent.workspace.checkpoints import Checkpoints
     from lsp_agent.workspace.workspace import Workspace
 
-    if not path.is_dir():
-        raise UserError(f"{path} is not a folder: give the folder of the project.", ExitCode.USAGE)
     progress = Progress(quiet=as_json)
     cancel = CancelToken()
     try:
+        if not path.is_dir():
+            raise UserError(f"{path} is not a folder: give the folder of the project.", ExitCode.USAGE)
         workspace = Workspace(path)
         checkpoints = Checkpoints(workspace.root, protected=ProtectedFiles(workspace.root))
         for message in checkpoints.recover():
@@ -229,6 +229,7 @@ def _show(result: FixResult, applied: str | None, *, dry_run: bool) -> None:
     else:
         click.echo(f"Not green: your files are untouched. {result.reason}".strip())
         _list("Would pass with the diff above", result.fixed)
+        _list("Would get worse with it", result.broken)
         _list("Still failing", result.still_failing)
     _list("Flaky, not claimed", result.flaky)
     _list("Failing as before, not asked for", result.other_failing)

@@ -17,7 +17,7 @@ from lsp_agent.agent.request import FixRequest, Limits
 from lsp_agent.borrowed import Borrowed
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import ChatModel
-from lsp_agent.errors import UserError
+from lsp_agent.errors import ExitCode, UserError
 from lsp_agent.evals.humanevalfix import Task, write_repository
 from lsp_agent.evals.single_shot import single_shot
 from lsp_agent.testing.pytest_runner import PytestRunner
@@ -34,7 +34,8 @@ def run_task(
 ) -> Row:
     """Make the task's repository in a temporary folder and work on it; every end is a row but `Cancelled`."""
     began = time.monotonic()
-    row: Row = {"task_id": task.task_id, "bug_type": task.bug_type, "model": model.name, "seed": seed, "solved": False}
+    row: Row = {"task_id": task.task_id, "bug_type": task.bug_type, **settings(model.name, seed, max_seconds)}
+    row["solved"] = False
     with tempfile.TemporaryDirectory(prefix="lsp-agent-eval-") as folder:
         root = Path(folder).resolve() / "project"
         write_repository(task, root)
@@ -63,6 +64,23 @@ def run_task(
         except UserError as error:
             row |= {"status": "error", "reason": str(error)}
     return row | {"seconds": round(time.monotonic() - began, 2)}
+
+
+def settings(model: str, seed: int, max_seconds: float) -> Row:
+    """The fields of a row that all rows of one file must share."""
+    return {"model": model, "seed": seed, "max_seconds": max_seconds}
+
+
+def check_same_settings(path: Path, rows: Sequence[Row], wanted: Row) -> None:
+    """Raise `UserError` when rows in `path` were made otherwise: their sum would measure nothing."""
+    for row in rows:
+        for name, value in wanted.items():
+            if row.get(name, value) != value:
+                option = name.replace("_", "-")
+                raise UserError(
+                    f"{path} holds results of --{option} {row[name]}, not {value}: give another folder to --out.",
+                    ExitCode.USAGE,
+                )
 
 
 def read_rows(path: Path) -> list[Row]:

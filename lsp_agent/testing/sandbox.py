@@ -194,18 +194,31 @@ class Sandbox:
         return _without_nested([path for path in inside if any((path / mark).exists() for mark in marks)])
 
     def _hide_repository(self, private: Sequence[Path], empty: Path) -> Iterator[str]:
-        """Hide the history of a repository around the workspace: a fix could be dug out of it."""
-        for folder in self.root.parents:
+        """Hide the history of the workspace's repository and of those around it: a fix could be dug out of it."""
+        places: list[Path] = []
+        for folder in (self.root, *self.root.parents):
             git = folder / ".git"
-            if any(folder.is_relative_to(p) for p in private) or not git.exists():
-                continue
-            if git.is_file():  # a worktree: its repository is elsewhere
-                target = Path(git.read_text("utf-8", "replace").removeprefix("gitdir:").strip())
-                while target != target.parent and target.name != ".git":
-                    target = target.parent
-                if target.name == ".git" and target.is_dir() and not any(target.is_relative_to(p) for p in private):
-                    yield from _hide(target, target, empty)
-            yield from _hide(git, git, empty)
+            if git.is_file():
+                places += _repositories(git)
+            if folder != self.root and git.exists():  # the root's own is the scratch tree's
+                places.append(Path(os.path.realpath(git)))
+        for place in _without_nested(places):
+            if not any(place.is_relative_to(p) for p in (*private, self.root)):
+                yield from _hide(place, place, empty)
+
+
+def _repositories(git: Path) -> Iterator[Path]:
+    """The git folders that the file `git` of a linked worktree or submodule stands for."""
+    try:
+        folder = git.parent / git.read_text("utf-8", "replace").removeprefix("gitdir:").strip()
+        common = folder / "commondir"
+        folders = [folder, *([folder / common.read_text("utf-8", "replace").strip()] if common.is_file() else [])]
+        # The file comes with the code: what is no repository is left alone, for tests may need it.
+        for real in (Path(os.path.realpath(place)) for place in folders):
+            if (real / "HEAD").is_file() and ((real / "objects").is_dir() or (real / "commondir").is_file()):
+                yield real
+    except (OSError, ValueError):
+        return
 
 
 def _private() -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import traceback
+import unittest
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -22,6 +23,9 @@ class QuickRunner:
         self.root = root
         self.runs: list[tuple[tuple[str, ...], dict[str, str]]] = []
         """Of each run, the nodeids asked for and the outcomes."""
+        self.timeouts: list[float] = []
+        self.test_seconds = 0.001
+        """What each test claims to have taken."""
         self.before_run: Callable[[Path], None] = lambda tree: None
         self.protected = ProtectedFiles(root)
 
@@ -39,6 +43,7 @@ class QuickRunner:
         fail_fast: bool = False,
     ) -> TestRun:
         cancel.raise_if_cancelled()
+        self.timeouts.append(timeout_s)
         self.before_run(tree)
         cancel.raise_if_cancelled()
         began = time.monotonic()
@@ -84,7 +89,9 @@ class QuickRunner:
                     if covered is not None:
                         sys.settrace(_tracer(tree, lines))
                     function()
-                    results[nodeid] = TestResult(nodeid, "passed", 0.001, path, line)
+                    results[nodeid] = TestResult(nodeid, "passed", self.test_seconds, path, line)
+                except unittest.SkipTest:
+                    results[nodeid] = TestResult(nodeid, "skipped", self.test_seconds, path, line)
                 except BaseException as error:
                     results[nodeid] = self._failure(tree, nodeid, path, line, error, "failed")
                 finally:

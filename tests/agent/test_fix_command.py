@@ -105,6 +105,23 @@ def test_no_folder_and_no_tests(tmp_path: Path) -> None:
     assert isinstance(result.exception, UserError) and result.exception.exit_code == 3
 
 
+def test_json_names_what_the_best_attempt_breaks(shapes: Path) -> None:
+    constant = {"on": "infill", "contains": "return <FILL>", "answers": ["12"]}
+    result = run(shapes, "--model", model(shapes, constant), "--max-turns", "4", "--json")
+    shown = json.loads(result.stdout)
+    assert result.return_value == 1 and shown["status"] == "not_green" and shown["run"] is None
+    assert shown["broken"] == ["test_shapes.py::test_zero"] and shown["fixed"] == ["test_shapes.py::test_area"]
+    assert "+    return 12" in shown["diff"] and shown["still_failing"] == []
+    assert (shapes / "shapes.py").read_text() == BUGGY
+
+
+def test_json_of_a_path_that_is_no_folder(tmp_path: Path) -> None:
+    result = run(tmp_path / "nowhere", "--json")
+    shown = json.loads(result.stdout)
+    assert shown["status"] == "error" and "is not a folder" in shown["message"]
+    assert isinstance(result.exception, UserError) and result.exception.exit_code == 2
+
+
 def test_json_of_an_error(shapes: Path) -> None:
     result = run(shapes, "--json", "--model", "no-such-model")
     assert json.loads(result.stdout)["status"] == "error"

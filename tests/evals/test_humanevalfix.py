@@ -88,9 +88,28 @@ def test_eval_runs_resumes_and_sums_up(tmp_path: Path) -> None:
     both = invoke(*arguments, "--tasks", "Python/900,Python/901")
     assert both["solved"] == 2 and both["total"] == 2
     rows = harness.read_rows(out / "fix.jsonl")
+    assert {(r["model"], r["seed"], r["max_seconds"]) for r in rows} == {(f"scripted:{script}", 0, 60.0)}
     assert [r["task_id"] for r in rows] == ["Python/900", "Python/901"]
     assert all(r["turns"] == rows[0]["turns"] and "width * height" in r["diff"] for r in rows)
     assert json.loads((out / "fix-summary.json").read_text())["solved"] == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--seed", "7"), ("--max-seconds", "61"), ("--model", "scripted:other.json")]
+)
+def test_results_of_other_settings_are_not_mixed(tmp_path: Path, option: str, value: str) -> None:
+    tasks = write(tmp_path / "tasks.jsonl", ROW)
+    given = {"--model": "scripted:one.json", "--max-seconds": "60", "--seed": "0", "--out": str(tmp_path / "out")}
+    made = {"task_id": "Python/900", "solved": True, "seconds": 1.0}
+    before = {**made, **harness.settings("scripted:one.json", 0, 60.0)}
+    harness.append_row(tmp_path / "out" / "fix.jsonl", before)
+    same = invoke(str(tasks), *[word for pair in given.items() for word in pair])
+    assert same["solved"] == 1, "nothing was left to do"
+    other = [word for pair in {**given, option: value}.items() for word in pair]
+    result = CliRunner().invoke(app, ["eval", "humanevalfix", str(tasks), *other], standalone_mode=False)
+    assert isinstance(result.exception, UserError) and result.exception.exit_code == 2
+    assert option in str(result.exception) and "another folder" in str(result.exception)
+    assert harness.read_rows(tmp_path / "out" / "fix.jsonl") == [before]
 
 
 def test_single_shot_control(tmp_path: Path) -> None:

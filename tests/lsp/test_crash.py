@@ -1,8 +1,10 @@
-"""kill -9 of the server at random points of a job: the tree is untouched or fully changed, and can be recovered."""
+"""kill -9 of the server during a job: the tree is untouched or fully changed, or is so after the recovery."""
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,6 @@ from editor_client import EditorClient
 
 from lsp_agent.workspace.checkpoints import Checkpoints
 
-KILLS = 12
 BEFORE = {
     "calc.py": "def add(a, b):\n    return a - b\n",
     "pkg/other.py": "def plus(a, b):\r\n    return a * b",
@@ -26,6 +27,34 @@ AFTER = {
     "calc.py": BEFORE["calc.py"].replace("a - b", "a + b"),
     "pkg/other.py": BEFORE["pkg/other.py"].replace("a * b", "a + b"),
 }
+HALF = {**BEFORE, "calc.py": AFTER["calc.py"]}
+KILL_HOOK = """
+import itertools, os, signal
+step = os.environ.get("KILL_AT")
+if step:
+    from lsp_agent.workspace import transaction
+
+    def reached(name):
+        if name == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def carry_out(root, record, get, commit, real=transaction.carry_out, look=transaction._current):
+        numbers = itertools.count(1)
+
+        def current(place):  # looked at once before each file is renamed into its place
+            reached(f"rename {next(numbers)}")
+            return look(place)
+
+        def committed():
+            reached("before commit")
+            commit()
+            reached("after commit")
+
+        transaction._current = current
+        real(root, record, get, committed)
+
+    transaction.carry_out = carry_out
+"""
 RULE = {"on": "infill", "answers": ["return a + b"]}
 
 
@@ -56,32 +85,55 @@ def cut_short(editor: EditorClient, part: str, seconds: float) -> None:
     editor.kill()
 
 
-def test_killed_at_random_points_the_tree_is_as_before_or_as_after(tmp_path: Path, script: Callable[..., str]) -> None:
-    chance = random.Random(7)
+def killed_at(step: str, root: Path, hooks: Path, model: str) -> None:
+    """Run a fix in a server that kills itself at `step` of writing the files."""
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(hooks), os.environ.get("PYTHONPATH", "")]),
+        "KILL_AT": step,
+    }
+    editor = EditorClient(root, "--model", model, environment=environment)
+    editor.run("lspAgent.makeGreen")
+    assert editor.process.wait(120) == -signal.SIGKILL, (step, editor.messages)
+
+
+@pytest.mark.timeout(240)
+def test_killed_at_any_point_the_tree_is_as_before_or_as_after(tmp_path: Path, script: Callable[..., str]) -> None:
+    hooks = tmp_path / "hooks"
+    hooks.mkdir()
+    (hooks / "sitecustomize.py").write_text(KILL_HOOK)
     root = tmp_path / "project"
     root.mkdir()
     write(root)
     model = script(RULE)
-    seen = []
-    for number in range(KILLS):
+    checkpoints = Checkpoints(root)
+
+    # At random moments of the first test run and of the proof, mostly before anything is written.
+    chance = random.Random(7)
+    for part, longest in (("running the tests", 1.5), ("proving it", 0.3)):
         editor = EditorClient(root, "--model", model)
         editor.run("lspAgent.makeGreen")
-        if number % 3 == 0:
-            cut_short(editor, "running the tests", chance.uniform(0, 3))
-        else:  # around the moment at which files are written
-            cut_short(editor, "proving it", chance.uniform(0, 1.5))
-        # A kill between two renames leaves one file changed; the journal knows it, and whoever comes next mends it.
-        checkpoints = Checkpoints(root)
-        recovered = checkpoints.recover()
-        seen.append(state_of(root))
-        assert seen[-1] in ("before", "after"), (seen[-1], recovered)
-        if seen[-1] == "after":
+        cut_short(editor, part, chance.uniform(0, longest))
+        checkpoints.recover()
+        if state_of(root) == "after":
             checkpoints.undo()
-            assert state_of(root) == "before"
+        assert state_of(root) == "before"
+
+    # Where one file or both are written already, the journal knows it, and whoever comes next mends it.
+    for step, mixed in (("rename 1", BEFORE), ("rename 2", HALF), ("before commit", AFTER)):
+        killed_at(step, root, hooks, model)
+        assert {name: text for name, text in tree(root).items() if name in BEFORE} == mixed, step
+        assert any("it was taken back" in sentence for sentence in checkpoints.recover()), step
+        assert state_of(root) == "before", step
+    killed_at("after commit", root, hooks, model)
+    assert state_of(root) == "after"
+    assert checkpoints.recover() == []
+    checkpoints.undo()
+    assert state_of(root) == "before"
+
     with EditorClient(root, "--model", model) as editor:
         editor.run("lspAgent.makeGreen")
         editor.message("failed before and pass now", 120)
-        assert state_of(root) == "after", seen
+        assert state_of(root) == "after"
         editor.run("lspAgent.undo")
         editor.message("Undone")
         assert state_of(root) == "before"

@@ -235,6 +235,44 @@ def test_the_history_of_a_worktree_is_out_of_reach(project, run, sandboxed, tmp_
     assert result.green, result.results
 
 
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("bare", [True, False])
+@pytest.mark.parametrize("below", ["", "sub"])
+def test_the_repository_of_a_linked_worktree_outside_of_home_is_out_of_reach(run, sandboxed, relative, bare, below):
+    """As `git worktree add` leaves it; `relative` as newer versions of git write it, and as submodules have it."""
+    import tempfile
+
+    here = Path(__file__).resolve().parents[2]
+    with tempfile.TemporaryDirectory(dir=here, prefix=".sandbox-test-") as name:
+        main, tree = Path(name, "main"), Path(name, "tree")
+        (main / "sub").mkdir(parents=True)
+        (main / "sub/the_fix.txt").write_text("1")
+        git(main, "init", "-q")
+        git(main, "add", ".")
+        git(main, "commit", "-qm", "the_fix")
+        repository = main / ".git"
+        if bare:
+            git(Path(name), "clone", "-q", "--bare", "main", "bare.git")
+            repository = Path(name, "bare.git")
+        git(repository, "worktree", "add", "-q", "-b", "other", str(tree))
+        if relative:
+            inner = (tree / ".git").read_text().removeprefix("gitdir:").strip()
+            (tree / ".git").write_text(f"gitdir: {os.path.relpath(inner, tree)}\n")
+        (tree / below / "test_a.py").write_text(
+            f"import os, subprocess\ndef test_a():\n    assert os.listdir({str(repository)!r}) == []\n"
+        )
+        assert (repository / "HEAD").exists()
+        result = run(tree / below)
+    assert result.green, (result.results, result.error)
+
+
+def test_a_git_file_cannot_hide_what_is_no_repository(project, run, sandboxed):
+    root = project({"test_a.py": "def test_a(): assert __import__('os').listdir('/usr')", ".git": "gitdir: /usr\n"})
+    assert run(root).green
+    (root / ".git").write_bytes(b"gitdir: \0\n")
+    assert run(root).green
+
+
 def test_no_secret_reaches_the_environment(project, run, level, monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "k")
     monkeypatch.setenv("GITHUB_TOKEN", "t")

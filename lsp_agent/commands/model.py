@@ -81,7 +81,9 @@ def _gigabytes(count: int | None) -> str:
 def _state(manifest: Manifest, installed: dict[str, InstalledModel], default: InstalledModel | None) -> str:
     if manifest.name in installed:
         return "default" if default and default.name == manifest.name else "installed"
-    return "available" if manifest.runnable else "unsupported"
+    if not manifest.runnable:
+        return "unsupported"
+    return "available" if manifest.source and manifest.source.sha256 else "importable"
 
 
 @click.group()
@@ -92,7 +94,10 @@ def model() -> None:
 @model.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_models(as_json: bool) -> None:
-    """Show known and installed models; unsupported ones have an architecture this version cannot run yet."""
+    """Show known and installed models.
+
+    Available ones can be pulled, importable ones imported from your own file; this version cannot run unsupported ones.
+    """
     installed = {m.name: m for m in store.installed()}
     manifests = {m.name: m for m in shipped()} | {name: m.manifest for name, m in installed.items()}
     default = select.choose(list(installed.values()), machine.usable_memory()).model

@@ -7,13 +7,59 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from lsp_agent.engine.gguf_file import GgufFile
     from lsp_agent.engine.graph import GraphBuilder
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched: `linear` (Chen et al., 2023) or `yarn` (Peng et al., 2023).
+
+    `factor` is the stretch, `original_context` the length that the model was first trained for.
+    """
+
+    kind: Literal["linear", "yarn"]
+    factor: float
+    original_context: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Routed experts: `used` of `count` a token, each `intermediate` wide, beside a shared one where that has a width.
+
+    `normalise`: whether the weights of a token's experts are scaled to sum to one. The blocks in `dense_layers` have
+    an ordinary MLP instead.
+    """
+
+    count: int
+    used: int
+    intermediate: int
+    shared_intermediate: int
+    normalise: bool
+    dense_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LinearAttentionConfig:
+    """Gated DeltaNet in the blocks `layers`; sizes in elements a head, `kernel` is the convolution's length."""
+
+    key_heads: int
+    value_heads: int
+    key_size: int
+    value_size: int
+    kernel: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """The numbers of a decoder; sizes in elements, `rope_base` the rotary frequency base."""
+    """The numbers of a decoder; sizes in elements, `rope_base` the rotary frequency base.
+
+    `rotary` elements of each head are rotated (all of them when None). `attention_bias`: biases on the projections
+    of attention, where the architecture leaves it to the config.
+    """
 
     architecture: str
     layers: int
@@ -26,25 +72,53 @@ class ModelConfig:
     context: int
     rope_base: float
     rms_epsilon: float
+    rotary: int | None = None
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False
+    experts: ExpertsConfig | None = None
+    linear_attention: LinearAttentionConfig | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As written to the package's config.json."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> ModelConfig:
+        """Inverse of `to_json`; raises `TypeError` or `KeyError` for anything else."""
+        parts: dict[str, type] = {
+            "rope_scaling": RopeScaling,
+            "experts": ExpertsConfig,
+            "linear_attention": LinearAttentionConfig,
+        }
+        nested = {
+            name: kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in values[name].items()})
+            for name, kind in parts.items()
+            if values.get(name) is not None
+        }
+        return cls(**{**values, **nested})
+
+    @property
+    def rotary_size(self) -> int:
+        """Elements of each head that are rotated."""
+        return self.head_size if self.rotary is None else self.rotary
+
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """One weight of the package, made of GGUF tensors stacked along their rows.
+    """One weight of the package, made of the checkpoint's tensors (by GGUF name) stacked along their rows.
 
-    `linear`: a matrix [rows, columns] for `GraphBuilder.linear`. `vector`: fp32. `rows`: an embedding, kept as the
-    checkpoint's own blocks. `fallback` names a tensor to use where the sources are missing (tied embeddings).
+    `linear`: a matrix [rows, columns] for `GraphBuilder.linear`; a `sensitive` one keeps 8 bits where others get 4.
+    `experts`: matrices [experts, rows, columns]; the rows of two sources (gate and up) are interleaved.
+    `vector`: fp32 of any shape. `rows`: an embedding, kept as the checkpoint's own blocks.
+    `fallback` names a tensor to use where the sources are missing (tied embeddings).
     """
 
     name: str
     sources: tuple[str, ...]
-    kind: Literal["linear", "vector", "rows"]
+    kind: Literal["linear", "experts", "vector", "rows"]
     shape: tuple[int, ...]
     fallback: str | None = None
+    sensitive: bool = False
 
 
 class Layer(Protocol):
@@ -67,8 +141,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family of checkpoints. `name` is GGUF's `general.architecture`."""
+    """A family of checkpoints.
+
+    `name` is GGUF's `general.architecture`, `hf_name` the `model_type` of Hugging Face's config.json. `zero_centred`:
+    Hugging Face stores the weights of the norms less one. `mlp_norm`: GGUF's name of a block's second norm.
+    """
 
     name: str
-    read_config: Callable[[GgufFile], ModelConfig]
+    hf_name: str
     block: Callable[[ModelConfig, int], Block]
+    zero_centred: bool = False
+    mlp_norm: str = "ffn_norm"

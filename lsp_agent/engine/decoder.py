@@ -15,11 +15,15 @@ def decoder_weights(architecture: Architecture, config: ModelConfig) -> list[Wei
     specs = [WeightSpec(EMBEDDING, ("token_embd.weight",), "rows", table)]
     for index in range(config.layers):
         block, prefix = architecture.block(config, index), f"blk.{index}"
-        for norm, layer in (("attn_norm", block.mixer), ("ffn_norm", block.mlp)):
-            specs.append(WeightSpec(f"{prefix}.{norm}", (f"{prefix}.{norm}.weight",), "vector", (config.hidden,)))
+        for norm, source, layer in (
+            ("attn_norm", "attn_norm", block.mixer),
+            ("ffn_norm", architecture.mlp_norm, block.mlp),
+        ):
+            specs.append(WeightSpec(f"{prefix}.{norm}", (f"{prefix}.{source}.weight",), "vector", (config.hidden,)))
             specs.extend(layer.weights(config, prefix))
     specs.append(WeightSpec("output_norm", ("output_norm.weight",), "vector", (config.hidden,)))
-    specs.append(WeightSpec(HEAD, ("output.weight",), "linear", table, fallback="token_embd.weight"))
+    head = WeightSpec(HEAD, ("output.weight",), "linear", table, fallback="token_embd.weight", sensitive=True)
+    specs.append(head)
     return specs
 
 

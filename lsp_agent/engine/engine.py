@@ -12,11 +12,11 @@ from lsp_agent.chat_model import Message, Sampling, TokenScore
 from lsp_agent.engine.architecture import ModelConfig
 from lsp_agent.engine.generation import Generation
 from lsp_agent.engine.graph import Accuracy
-from lsp_agent.engine.kv_cache import PrefixCache
 from lsp_agent.engine.machine import default_threads
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.sampling import log_softmax
 from lsp_agent.engine.session import Decoder
+from lsp_agent.engine.state import PrefixCache
 from lsp_agent.engine.tokens import Tokenizer
 from lsp_agent.errors import PromptTooLong
 
@@ -32,7 +32,7 @@ class Engine:
         self.threads = threads
         self.tokenizer = Tokenizer(package)
         self._decoder = Decoder(package, threads, context, accuracy)
-        self._prefixes = PrefixCache(package.config, self._decoder.states, context)
+        self._prefixes = PrefixCache(self._decoder.states, context)
 
     @classmethod
     def load(
@@ -66,8 +66,8 @@ class Engine:
 
         Returns an iterator of `Step`s, in turn for each sequence that still runs. `stop_ids` defaults to the model's
         end tokens and the fill-in-the-middle tokens, none of which belong in an answer. `drafting`: guess tokens from
-        the text and verify several in one run, which changes the speed and, beyond rounding, nothing else. Raises
-        `UserError` when the prompt is empty or does not fit; iterating raises `Cancelled`.
+        the text and verify several in one run, which changes the speed and, beyond rounding, nothing else (no effect
+        on hybrid models). Raises `UserError` when the prompt is empty or does not fit; iterating raises `Cancelled`.
         """
         if stop_ids is None:
             stop_ids = {*self.tokenizer.end_ids, *self.tokenizer.fim.values()}
@@ -88,13 +88,13 @@ class Engine:
         if len(ids) > self.context_length:
             message = f"The text has {len(ids)} tokens and the context holds {self.context_length}; shorten it."
             raise PromptTooLong(message)
-        cache = self._prefixes.empty()
+        state = self._prefixes.empty()
         scores: list[float] = []
         for start in range(0, len(ids) - 1, SCORE_CHUNK):
             cancel.raise_if_cancelled()
             part, following = ids[start : start + SCORE_CHUNK], ids[start + 1 : start + SCORE_CHUNK + 1]
-            logits = self._decoder.run(np.array([part], np.int64), cache, range(len(following)), cancel)
-            cache.extend(part)
+            logits = self._decoder.run(np.array([part], np.int64), state, range(len(following)), cancel)
+            state.extend(part)
             scores.extend(log_softmax(logits)[np.arange(len(following)), following].tolist())
         return scores
 

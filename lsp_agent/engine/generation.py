@@ -12,9 +12,9 @@ import numpy as np
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Completion, Sampling, Usage
 from lsp_agent.engine.drafting import PromptLookup
-from lsp_agent.engine.kv_cache import KvCache, PrefixCache
 from lsp_agent.engine.sampling import Sampler, log_probability
 from lsp_agent.engine.session import Decoder
+from lsp_agent.engine.state import PrefixCache, State
 from lsp_agent.engine.tokens import StopStrings, TextStream, Tokenizer
 from lsp_agent.errors import PromptTooLong, UserError
 
@@ -63,16 +63,17 @@ class _Sequence:
 
 
 def prefill(
-    decoder: Decoder, cache: KvCache, ids: Sequence[int], cancel: CancelToken, chunk: int = PREFILL_CHUNK
+    decoder: Decoder, state: State, ids: Sequence[int], cancel: CancelToken, chunk: int = PREFILL_CHUNK
 ) -> np.ndarray:
-    """Read `ids` after what `cache` holds; returns the last token's logits [vocabulary]."""
+    """Read `ids` after what `state` has read; returns the last token's logits [vocabulary]."""
     logits = np.empty((0, decoder.config.vocabulary), np.float32)
     for start in range(0, len(ids), chunk):
         cancel.raise_if_cancelled()
         part = list(ids[start : start + chunk])
         rows = [len(part) - 1] if start + chunk >= len(ids) else []
-        logits = decoder.run(np.array([part], np.int64), cache, rows, cancel)
-        cache.extend(part)
+        logits = decoder.run(np.array([part], np.int64), state, rows, cancel)
+        state.extend(part)
+        state.checkpoint()
     return logits[0]
 
 
@@ -103,7 +104,7 @@ class Generation(Iterator[Step]):
         self._decoder, self._prefixes, self._tokenizer = decoder, prefixes, tokenizer
         self._prompt, self._sampling, self._cancel = list(prompt), sampling, cancel
         self._stop_ids = frozenset(stop_ids)
-        self._drafting = drafting
+        self._drafting = drafting and not decoder.recurrent  # a recurrent state cannot drop wrong guesses
         self._limit = min(sampling.max_tokens, context - len(prompt))
         self._sequences = [
             _Sequence(i, Sampler(sampling, i), TextStream(tokenizer), StopStrings(sampling.stop)) for i in range(n)
@@ -118,13 +119,13 @@ class Generation(Iterator[Step]):
         if self._limit <= 0:
             return
         started = time.perf_counter()
-        cache = self._prefixes.take(self._prompt)
-        self.timings.cached_tokens = cache.length
-        first = prefill(self._decoder, cache, self._prompt[cache.length :], self._cancel)
+        state = self._prefixes.take(self._prompt)
+        self.timings.cached_tokens = state.length
+        first = prefill(self._decoder, state, self._prompt[state.length :], self._cancel)
         self.timings.prefill_s = time.perf_counter() - started
-        yield from self._decode_one(cache, first) if len(self._sequences) == 1 else self._decode_batch(cache, first)
+        yield from self._decode_one(state, first) if len(self._sequences) == 1 else self._decode_batch(state, first)
 
-    def _decode_one(self, cache: KvCache, logits: np.ndarray) -> Iterator[Step]:
+    def _decode_one(self, state: State, logits: np.ndarray) -> Iterator[Step]:
         """Each run takes the last token and guesses after it; draws from the model's own logits decide them."""
         (sequence,) = self._sequences
         lookup = PromptLookup(self._prompt)
@@ -136,7 +137,7 @@ class Generation(Iterator[Step]):
                 step = self._advance(sequence, row)
                 if step.finish_reason is None and step.token == guess:
                     accepted += 1
-                    cache.extend([step.token])
+                    state.extend([step.token])
                 lookup.extend(step.token)
                 yield step
                 if step.finish_reason is not None:
@@ -150,17 +151,17 @@ class Generation(Iterator[Step]):
             self.timings.accepted_tokens += accepted
             draft = lookup.propose(self._limit - len(sequence.tokens) - 1) if self._drafting else []
             ids = [sequence.tokens[-1], *draft]
-            rows = self._decoder.run(np.array([ids], np.int64), cache, range(len(ids)))
-            cache.extend(ids[:1])
+            rows = self._decoder.run(np.array([ids], np.int64), state, range(len(ids)))
+            state.extend(ids[:1])
             self.timings.decode_s += time.perf_counter() - started
 
-    def _decode_batch(self, shared: KvCache, first: np.ndarray) -> Iterator[Step]:
+    def _decode_batch(self, shared: State, first: np.ndarray) -> Iterator[Step]:
         """All sequences advance in step; one that has ended leaves the batch."""
         live = self._sequences
         logits = np.broadcast_to(first, (len(live), len(first)))
         capacity = len(self._prompt) + self._limit
-        cache = KvCache(self._decoder.config, self._decoder.states, capacity, len(live))
-        cache.copy_prefix(shared, shared.length)
+        state = State(self._decoder.states, capacity, len(live))
+        state.copy_prefix(shared, shared.length)
         while True:
             kept = []
             for row, sequence in enumerate(live):
@@ -174,10 +175,10 @@ class Generation(Iterator[Step]):
             started = time.perf_counter()
             if len(kept) < len(live):
                 live = [live[row] for row in kept]
-                cache.keep(kept)
+                state.keep(kept)
             last = np.array([[sequence.tokens[-1]] for sequence in live], np.int64)
-            logits = self._decoder.run(last, cache, range(len(live)))
-            cache.length += 1
+            logits = self._decoder.run(last, state, range(len(live)))
+            state.length += 1
             self.timings.decode_s += time.perf_counter() - started
 
     def _advance(self, sequence: _Sequence, logits: np.ndarray) -> Step:

@@ -1,4 +1,4 @@
-"""A GGUF file as validated tensors of raw quantised blocks plus metadata; the container is read by PyPI `gguf`."""
+"""A GGUF file as a `Checkpoint`: validated tensors of raw quantised blocks plus metadata, read by PyPI `gguf`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 
+from lsp_agent.engine import tokenizer_import
+from lsp_agent.engine.architecture import ModelConfig
+from lsp_agent.engine.architectures import architecture
+from lsp_agent.engine.architectures.config import gguf_config
 from lsp_agent.errors import UserError
 
 MAGIC = b"GGUF"
@@ -24,6 +28,10 @@ class GgufTensor:
     rows: int
     columns: int
     raw: np.ndarray
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """See `CheckpointTensor.read`."""
+        return self.raw[start:stop]
 
 
 class GgufFile:
@@ -71,3 +79,24 @@ class GgufFile:
         if value is None:
             raise UserError(f"{self.path} lacks the metadata {key}; use a complete GGUF checkpoint of the model.")
         return value
+
+    @property
+    def architecture(self) -> str:
+        """See `Checkpoint.architecture`."""
+        return architecture(str(self.require("general.architecture"))).name
+
+    def config(self) -> ModelConfig:
+        """See `Checkpoint.config`."""
+        _ = self.architecture  # says so when it is unknown, before any number is missed
+        embedding = self.tensors.get("token_embd.weight")
+        if embedding is None:
+            raise UserError(f"{self.path} lacks the tensor token_embd.weight; use a complete checkpoint of the model.")
+        return gguf_config(self, vocabulary=embedding.rows)
+
+    def files(self) -> list[Path]:
+        """See `Checkpoint.files`."""
+        return [self.path]
+
+    def write_tokenizer(self, folder: Path) -> dict[str, Any]:
+        """See `Checkpoint.write_tokenizer`."""
+        return tokenizer_import.write_gguf_tokenizer(self, folder)

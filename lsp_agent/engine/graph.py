@@ -9,8 +9,10 @@ import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from lsp_agent.engine.architecture import ModelConfig
-from lsp_agent.engine.package import CORRECTION_BLOCK, WEIGHTS, Extent, Linear, LinearPart, Package
+from lsp_agent.engine.package import CORRECTION_BLOCK, WEIGHTS, Experts, Extent, Linear, LinearPart, Package
 from lsp_agent.engine.quantisation import BlockFormat
+from lsp_agent.engine.rotary import rotary_tables
+from lsp_agent.engine.state import StateSpec
 
 CONTRIB = "com.microsoft"
 OPSET = 21
@@ -42,7 +44,7 @@ class GraphBuilder:
         self._outputs: list[ValueInfoProto] = []
         self._count = 0
         self.in_memory: dict[str, np.ndarray] = {}
-        self.states: dict[str, str] = {}
+        self.states: list[StateSpec] = []
         hidden = package.config.hidden
         self._inputs = [
             helper.make_tensor_value_info(self.embeddings, TensorProto.FLOAT, ["batch", "length", hidden]),
@@ -62,8 +64,17 @@ class GraphBuilder:
         )
         return name
 
-    def _external(self, name: str, extent: Extent) -> str:
-        tensor = TensorProto(name=name, data_type=_ONNX_TYPES[extent.dtype], dims=extent.shape)
+    def reshape(self, x: str, shape: list[int]) -> str:
+        """`Reshape`: 0 keeps a dimension, -1 is what remains."""
+        return self.op("Reshape", [x, self.integers(shape)])
+
+    def split(self, x: str, widths: list[int]) -> list[str]:
+        """Consecutive pieces of the last dimension."""
+        others = tuple(f"Split_{self._count + 1}_{index}" for index in range(1, len(widths)))
+        return [self.op("Split", [x, self.integers(widths)], more_outputs=others, axis=-1), *others]
+
+    def _external(self, name: str, extent: Extent, shape: tuple[int, ...] | None = None) -> str:
+        tensor = TensorProto(name=name, data_type=_ONNX_TYPES[extent.dtype], dims=shape or extent.shape)
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", WEIGHTS), ("offset", extent.offset), ("length", extent.nbytes)):
             entry = tensor.external_data.add()
@@ -71,7 +82,7 @@ class GraphBuilder:
         self._initialisers[name] = tensor
         return name
 
-    def _constant(self, name: str, values: np.ndarray) -> str:
+    def constant(self, name: str, values: np.ndarray) -> str:
         """A small constant inside the graph, or a large one handed to the session as memory it shares."""
         if name not in self._initialisers:
             kind = helper.np_dtype_to_tensor_dtype(values.dtype)
@@ -86,14 +97,15 @@ class GraphBuilder:
             self._initialisers[name] = tensor
         return name
 
-    def _integers(self, values: list[int]) -> str:
-        return self._constant("i64_" + "_".join(map(str, values)), np.array(values, np.int64))
+    def integers(self, values: list[int]) -> str:
+        """A constant int64 vector."""
+        return self.constant("i64_" + "_".join(map(str, values)), np.array(values, np.int64))
 
     def vector(self, name: str) -> str:
         """A weight of kind `vector`."""
         extent = self._package.weights[name]
         assert isinstance(extent, Extent)
-        return self._constant(name, self._package.array(extent))
+        return self.constant(name, self._package.array(extent))
 
     def linear(self, x: str, name: str) -> str:
         """`x` [..., columns] times the transpose of the weight `name`; parts of different formats are concatenated."""
@@ -109,7 +121,7 @@ class GraphBuilder:
         if self._accuracy == "exact" and part.format.bits == 8:
             # The CPU provider has no fast fp32 kernel for 8-bit codes (fifty times slower than this).
             dense = self._package.blocks(part).dequantise()
-            return self.op("MatMul", [x, self._constant(name, dense.T)])
+            return self.op("MatMul", [x, self.constant(name, dense.T)])
         product = self._matmul_nbits(x, name, part, "", columns, part.format)
         if part.corrections is None:
             return product
@@ -136,11 +148,62 @@ class GraphBuilder:
             accuracy_level=0 if self._accuracy == "exact" else 4,
         )
 
+    def experts(self, x: str, logits: str, gate_up: str, down: str, used: int, normalise: bool) -> str:
+        """SwiGLU experts: of each token of `x` [batch, length, hidden] the `used` best by `logits` [tokens, experts].
+
+        Their results are weighted by the softmax of `logits`, over the experts used if `normalise`, else over all.
+        """
+        first, second = self._package.weights[gate_up], self._package.weights[down]
+        assert isinstance(first, Experts) and isinstance(second, Experts)
+        routing: dict[str, Any] = {"k": used, "normalize_routing_weights": int(normalise), "domain": CONTRIB}
+        # Gate and up are interleaved (the CPU kernel knows no other order); alpha 1 and beta 0 make it plain SwiGLU.
+        activation: dict[str, Any] = {
+            "activation_type": "swiglu",
+            "swiglu_fusion": 1,
+            "activation_alpha": 1.0,
+            "activation_beta": 0.0,
+        }
+        one, two = first.part.format, second.part.format
+        if one is None or two is None or (self._accuracy == "exact" and 8 in (one.bits, two.bits)):
+            # QMoE rounds activations to int8 whenever weights have 8 bits.
+            dense = [self._dense_experts(gate_up, first), "", self._dense_experts(down, second)]
+            mixed = self.op("MoE", [x, logits, *dense], **routing, **activation)
+            # The CPU kernel lets the planner put its output where its input is, and then spoils what it still reads.
+            # A later reader of `x` keeps its buffer from being given away.
+            return self.op("Where", [self.constant("true", np.array([True])), mixed, x])
+        # Left to itself, the CPU kernel normalises in either case, so the softmax over all experts comes from here.
+        weights = [] if normalise else [*[""] * 7, self.op("Softmax", [logits], axis=-1)]
+        return self.op(
+            "QMoE",
+            [x, logits, *self._quantised_experts(gate_up, first), "", *self._quantised_experts(down, second), *weights],
+            expert_weight_bits=one.bits,
+            block_size=one.block,
+            accuracy_level=0 if self._accuracy == "exact" else 4,
+            **routing,
+            **activation,
+        )
+
+    def _dense_experts(self, name: str, experts: Experts) -> str:
+        part, shape = experts.part, (experts.count, experts.part.rows // experts.count, experts.columns)
+        if part.values is not None:
+            return self._external(name, part.values, shape)
+        return self.constant(name, self._package.blocks(part).dequantise().reshape(shape))
+
+    def _quantised_experts(self, name: str, experts: Experts) -> list[str]:
+        part, rows = experts.part, experts.part.rows // experts.count
+        assert part.format is not None and part.codes is not None and part.scales is not None
+        row_bytes = experts.columns * part.format.bits // 8
+        blocks = experts.columns // part.format.block
+        return [
+            self._external(f"{name}.codes", part.codes, (experts.count, rows, row_bytes)),
+            self._external(f"{name}.scales", part.scales, (experts.count, rows, blocks)),
+        ]
+
     def _block_sum(self, x: str, columns: int, block: int) -> str:
         """Sums of `x` over blocks of columns, computed once for all linears that read the same `x`."""
         if (x, block) not in self._block_sums:
-            blocked = self.op("Reshape", [x, self._integers([0, 0, columns // block, block])])
-            self._block_sums[x, block] = self.op("ReduceSum", [blocked, self._integers([-1])], keepdims=0)
+            blocked = self.op("Reshape", [x, self.integers([0, 0, columns // block, block])])
+            self._block_sums[x, block] = self.op("ReduceSum", [blocked, self.integers([-1])], keepdims=0)
         return self._block_sums[x, block]
 
     def rms_norm(self, residual: str, delta: str | None, name: str, epsilon: float) -> tuple[str, str]:
@@ -154,27 +217,39 @@ class GraphBuilder:
         normed = self.op("SkipSimplifiedLayerNormalization", inputs, CONTRIB, outputs, epsilon=epsilon)
         return normed, total
 
+    def head_norm(self, x: str, name: str, heads: int, config: ModelConfig) -> str:
+        """An RMS norm over each head of `x` [batch, length, heads * head size]."""
+        by_head = self.reshape(x, [0, 0, heads, config.head_size])
+        scale = self.vector(name)
+        normed = self.op("SimplifiedLayerNormalization", [by_head, scale], axis=-1, epsilon=config.rms_epsilon)
+        return self.reshape(normed, [0, 0, heads * config.head_size])
+
     def kv_state(self, name: str, config: ModelConfig) -> tuple[str, str]:
         """A key or value cache [batch, kv heads, capacity, head size]: names of its past input and present output."""
-        past, present = f"past.{name}", f"present.{name}"
-        shape: list[str | int | None] = ["batch", config.kv_heads, "capacity", config.head_size]
-        self._inputs.append(helper.make_tensor_value_info(past, TensorProto.FLOAT, shape))
-        self._outputs.append(helper.make_tensor_value_info(present, TensorProto.FLOAT, shape))
-        self.states[past] = present
-        return past, present
+        spec = StateSpec(f"past.{name}", f"present.{name}", (config.kv_heads, config.head_size), growing=True)
+        return self._state(spec, ["batch", config.kv_heads, "capacity", config.head_size])
+
+    def recurrent_state(self, name: str, shape: tuple[int, ...]) -> tuple[str, str]:
+        """A state [batch, *shape] that every run replaces: names of its past input and present output."""
+        return self._state(StateSpec(f"past.{name}", f"present.{name}", shape, growing=False), ["batch", *shape])
+
+    def _state(self, spec: StateSpec, shape: list[str | int]) -> tuple[str, str]:
+        self._inputs.append(helper.make_tensor_value_info(spec.past, TensorProto.FLOAT, shape))
+        self._outputs.append(helper.make_tensor_value_info(spec.present, TensorProto.FLOAT, shape))
+        self.states.append(spec)
+        return spec.past, spec.present
 
     def rotary_tables(self, config: ModelConfig) -> tuple[str, str]:
-        """Cosines and sines [context, head size / 2] of the rotary embedding (Su et al., 2021)."""
+        """Cosines and sines [context, rotary size / 2] of the rotary embedding."""
         if "rotary.cos" not in self._initialisers:
-            frequencies = config.rope_base ** (-np.arange(0, config.head_size, 2, dtype=np.float64) / config.head_size)
-            angles = np.outer(np.arange(self._context, dtype=np.float64), frequencies)
-            self._constant("rotary.cos", np.cos(angles).astype(np.float32))
-            self._constant("rotary.sin", np.sin(angles).astype(np.float32))
+            cos, sin = rotary_tables(config, self._context)
+            self.constant("rotary.cos", cos)
+            self.constant("rotary.sin", sin)
         return "rotary.cos", "rotary.sin"
 
     def select_rows(self, x: str, hidden: int) -> str:
         """The positions that get logits, [1, rows, hidden], of `x` [batch, length, hidden]."""
-        flat = self.op("Reshape", [x, self._integers([1, -1, hidden])])
+        flat = self.op("Reshape", [x, self.integers([1, -1, hidden])])
         return self.op("Gather", [flat, self.rows], axis=1)
 
     def logits(self, x: str, vocabulary: int) -> None:

@@ -1,4 +1,4 @@
-"""The layers that architectures are made of, as graph fragments over ONNX Runtime's contrib operators."""
+"""Attention and the dense MLP, as graph fragments over ONNX Runtime's contrib operators."""
 
 from __future__ import annotations
 
@@ -11,21 +11,40 @@ from lsp_agent.engine.graph import CONTRIB, GraphBuilder
 
 @dataclass(frozen=True)
 class Attention:
-    """Causal grouped-query attention with rotary positions over a key-value cache in shared buffers."""
+    """Causal grouped-query attention with rotary positions over a key-value cache in shared buffers.
+
+    `bias`: on the projections q, k and v; `output_bias`: on the output's. `qk_norm`: RMS norms over each head of q
+    and k. `gate`: the query projection also yields, after each head's query, a gate whose sigmoid scales the head's
+    result.
+    """
 
     bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    gate: bool = False
+
+    def _widths(self, config: ModelConfig) -> tuple[int, int]:
+        query = config.heads * config.head_size * (2 if self.gate else 1)
+        return query, config.kv_heads * config.head_size
 
     def weights(self, config: ModelConfig, prefix: str) -> Sequence[WeightSpec]:
-        """Projections q, k and v as one linear (packed), and the output projection."""
+        """Projections q, k and v as one linear (packed), the output projection, biases and norms."""
         width = config.heads * config.head_size
-        packed = width + 2 * config.kv_heads * config.head_size
+        query, kv = self._widths(config)
+        packed = query + 2 * kv
         names = [f"{prefix}.attn_{part}" for part in "qkv"]
+        output = f"{prefix}.attn_output"
         specs = [
             WeightSpec(f"{prefix}.attn_qkv", tuple(f"{n}.weight" for n in names), "linear", (packed, config.hidden)),
-            WeightSpec(f"{prefix}.attn_output", (f"{prefix}.attn_output.weight",), "linear", (config.hidden, width)),
+            WeightSpec(output, (f"{output}.weight",), "linear", (config.hidden, width)),
         ]
         if self.bias:
             specs.append(WeightSpec(f"{prefix}.attn_qkv_bias", tuple(f"{n}.bias" for n in names), "vector", (packed,)))
+        if self.output_bias:
+            specs.append(WeightSpec(f"{output}_bias", (f"{output}.bias",), "vector", (config.hidden,)))
+        if self.qk_norm:
+            for norm in (f"{prefix}.attn_q_norm", f"{prefix}.attn_k_norm"):
+                specs.append(WeightSpec(norm, (f"{norm}.weight",), "vector", (config.head_size,)))
         return specs
 
     def build(self, graph: GraphBuilder, config: ModelConfig, prefix: str, x: str) -> str:
@@ -33,33 +52,64 @@ class Attention:
         packed = graph.linear(x, f"{prefix}.attn_qkv")
         if self.bias:
             packed = graph.op("Add", [packed, graph.vector(f"{prefix}.attn_qkv_bias")])
+        inputs, gate = [packed, "", ""], None
+        if self.qk_norm or self.gate:
+            inputs, gate = self._unpack(graph, config, prefix, packed)
         past_key, key = graph.kv_state(f"{prefix}.key", config)
         past_value, value = graph.kv_state(f"{prefix}.value", config)
         cos, sin = graph.rotary_tables(config)
         attended = graph.op(
             "GroupQueryAttention",
-            [packed, "", "", past_key, past_value, graph.lengths, graph.total_length, cos, sin],
+            [*inputs, past_key, past_value, graph.lengths, graph.total_length, cos, sin],
             domain=CONTRIB,
             more_outputs=(key, value),
             num_heads=config.heads,
             kv_num_heads=config.kv_heads,
             do_rotary=1,
         )
-        return graph.linear(attended, f"{prefix}.attn_output")
+        if gate is not None:
+            attended = graph.op("Mul", [attended, graph.op("Sigmoid", [gate])])
+        output = graph.linear(attended, f"{prefix}.attn_output")
+        if self.output_bias:
+            output = graph.op("Add", [output, graph.vector(f"{prefix}.attn_output_bias")])
+        return output
+
+    def _unpack(
+        self, graph: GraphBuilder, config: ModelConfig, prefix: str, packed: str
+    ) -> tuple[list[str], str | None]:
+        """Query, key and value [batch, length, heads * head size], q and k normalised, and the gate if there is one."""
+        query_width, kv = self._widths(config)
+        query, key, value = graph.split(packed, [query_width, kv, kv])
+        gate = None
+        width = config.heads * config.head_size
+        if self.gate:
+            heads = graph.reshape(query, [0, 0, config.heads, 2 * config.head_size])
+            query, gate = graph.split(heads, [config.head_size, config.head_size])
+            query, gate = graph.reshape(query, [0, 0, width]), graph.reshape(gate, [0, 0, width])
+        if self.qk_norm:
+            # On the CPU, GroupQueryAttention refuses its own q and k norms, so they are separate nodes.
+            query = graph.head_norm(query, f"{prefix}.attn_q_norm", config.heads, config)
+            key = graph.head_norm(key, f"{prefix}.attn_k_norm", config.kv_heads, config)
+        return [query, key, value], gate
 
 
 @dataclass(frozen=True)
 class DenseMlp:
-    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+    """SwiGLU: `down(silu(gate(x)) * up(x))`, `intermediate` wide (the config's width when None)."""
+
+    intermediate: int | None = None
+    suffix: str = ""
 
     def weights(self, config: ModelConfig, prefix: str) -> Sequence[WeightSpec]:
         """Gate, up and down projections."""
-        wide, narrow = (config.intermediate, config.hidden), (config.hidden, config.intermediate)
-        shapes = {"gate": wide, "up": wide, "down": narrow}
-        return [WeightSpec(f"{prefix}.ffn_{n}", (f"{prefix}.ffn_{n}.weight",), "linear", s) for n, s in shapes.items()]
+        size = self.intermediate or config.intermediate
+        shapes = {"gate": (size, config.hidden), "up": (size, config.hidden), "down": (config.hidden, size)}
+        names = {part: f"{prefix}.ffn_{part}{self.suffix}" for part in shapes}
+        return [WeightSpec(names[n], (f"{names[n]}.weight",), "linear", shape) for n, shape in shapes.items()]
 
     def build(self, graph: GraphBuilder, config: ModelConfig, prefix: str, x: str) -> str:  # noqa: ARG002
         """See `Layer.build`."""
-        gate, up = graph.linear(x, f"{prefix}.ffn_gate"), graph.linear(x, f"{prefix}.ffn_up")
+        gate = graph.linear(x, f"{prefix}.ffn_gate{self.suffix}")
+        up = graph.linear(x, f"{prefix}.ffn_up{self.suffix}")
         silu = graph.op("QuickGelu", [gate], domain=CONTRIB, alpha=1.0)  # x * sigmoid(alpha * x)
-        return graph.linear(graph.op("Mul", [silu, up]), f"{prefix}.ffn_down")
+        return graph.linear(graph.op("Mul", [silu, up]), f"{prefix}.ffn_down{self.suffix}")

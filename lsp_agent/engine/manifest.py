@@ -20,7 +20,7 @@ from lsp_agent.chat_model import Sampling, Tier
 from lsp_agent.errors import ExitCode, UserError
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
-RUNNABLE_ARCHITECTURES = frozenset({"qwen2"})
+RUNNABLE_ARCHITECTURES = frozenset({"qwen2", "qwen2moe", "qwen3", "qwen3moe", "qwen3next"})
 """GGUF's names of the architectures that this version's engine can run."""
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

@@ -81,7 +81,16 @@ class Rows:
     blocks: Extent
 
 
-Weight = Linear | Rows | Extent
+@dataclass(frozen=True)
+class Experts:
+    """`count` matrices [rows, columns] stacked along their rows; dense values are not transposed here."""
+
+    count: int
+    columns: int
+    part: LinearPart
+
+
+Weight = Linear | Rows | Experts | Extent
 
 
 class WeightsWriter:
@@ -123,15 +132,17 @@ def _decode(entry: dict[str, Any]) -> Weight:
         blocks = _extent(entry["blocks"])
         assert blocks is not None
         return Rows(entry["type"], blocks)
-    parts = [
-        LinearPart(
-            rows=part["rows"],
-            format=None if part["format"] is None else BlockFormat(**part["format"]),
-            **{key: _extent(part.get(key)) for key in _EXTENT_FIELDS},
-        )
-        for part in entry["parts"]
-    ]
-    return Linear(entry["columns"], tuple(parts))
+    if entry["kind"] == "experts":
+        return Experts(entry["count"], entry["columns"], _decode_part(entry["part"]))
+    return Linear(entry["columns"], tuple(_decode_part(part) for part in entry["parts"]))
+
+
+def _decode_part(part: dict[str, Any]) -> LinearPart:
+    return LinearPart(
+        rows=part["rows"],
+        format=None if part["format"] is None else BlockFormat(**part["format"]),
+        **{key: _extent(part.get(key)) for key in _EXTENT_FIELDS},
+    )
 
 
 def write_index(folder: Path, config: ModelConfig, about: dict[str, Any], weights: dict[str, Weight]) -> None:
@@ -153,7 +164,7 @@ class Package:
             if header["format"] != FORMAT_VERSION:
                 raise UserError(f"{path} was made by another version of lsp-agent; import the model again.")
             self.header: dict[str, Any] = header
-            self.config = ModelConfig(**header["model"])
+            self.config = ModelConfig.from_json(header["model"])
             self.weights: dict[str, Weight] = {name: _decode(entry) for name, entry in index.items()}
             self._bytes = np.memmap(path / WEIGHTS, np.uint8, "r")
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -164,8 +175,8 @@ class Package:
     def _needed(self) -> int:
         extents: list[Extent] = []
         for weight in self.weights.values():
-            if isinstance(weight, Linear):
-                for part in weight.parts:
+            if isinstance(weight, Linear | Experts):
+                for part in weight.parts if isinstance(weight, Linear) else (weight.part,):
                     extents += part.extents().values()
             else:
                 extents.append(weight.blocks if isinstance(weight, Rows) else weight)

@@ -12,8 +12,9 @@ types follow ggml's `block_*` structures, the same that `gguf.quants.dequantize`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
@@ -197,3 +198,85 @@ def quantise_8bit(values: Array, block: int) -> Blocks:
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
     codes = (np.rint(grouped * inverse[..., None]) + 128).astype(np.uint8)
     return Blocks(BlockFormat(8, block, False), codes, scales.astype(np.float32), None)
+
+
+def quantise_4bit(values: Array, block: int) -> Blocks:
+    """Round fp32 rows [rows, columns] to symmetric 4-bit codes of 0 to 15, zero point 8.
+
+    Of several scales around the one that maps the largest value to -8, each refitted by least squares to the codes
+    that it gives, the one with the least error is taken; errors of large values weigh more (as in ggml's
+    `make_qx_quants`, weights x^2), since outputs depend on them most.
+    """
+    rows, columns = values.shape
+    grouped = values.reshape(rows, columns // block, block)
+    index = np.abs(grouped).argmax(axis=-1)[..., None]
+    extreme = np.take_along_axis(grouped, index, axis=-1)[..., 0]
+    weights = grouped**2 + (grouped**2).mean(axis=-1, keepdims=True)
+    weighted = weights * grouped
+    best_gain = np.full(extreme.shape, -1, np.float32)
+    best_scale, best_inverse = np.zeros_like(extreme), np.zeros_like(extreme)
+    for divisor in np.arange(-9.2, -6.9, 0.2, dtype=np.float32):
+        inverse = np.divide(divisor, extreme, out=np.zeros_like(extreme), where=extreme != 0)
+        codes = _codes_4bit(grouped, inverse)
+        along = np.einsum("...i,...i", weighted, codes)
+        norm = np.einsum("...i,...i,...i", weights, codes, codes)
+        scale = np.divide(along, norm, out=np.zeros_like(norm), where=norm > 0)
+        better = along * scale > best_gain  # the squared error is a constant less this
+        best_gain = np.where(better, along * scale, best_gain)
+        best_scale, best_inverse = np.where(better, scale, best_scale), np.where(better, inverse, best_inverse)
+    codes = (_codes_4bit(grouped, best_inverse) + 8).astype(np.uint8)
+    return Blocks(BlockFormat(4, block, False), codes[..., 0::2] | (codes[..., 1::2] << 4), best_scale)
+
+
+def _codes_4bit(grouped: Array, inverse: Array) -> Array:
+    codes = grouped * inverse[..., None]
+    np.rint(codes, out=codes)
+    return np.clip(codes, -8, 7, out=codes)
+
+
+def widen(blocks: Blocks) -> Blocks:
+    """Symmetric 4-bit blocks with 8-bit codes: the same values exactly."""
+    low_high = np.stack([blocks.codes & 0xF, blocks.codes >> 4], axis=-1).reshape(*blocks.codes.shape[:2], -1)
+    return Blocks(BlockFormat(8, blocks.format.block, False), low_high + np.uint8(120), blocks.scales)
+
+
+def quantise(values: Array, form: BlockFormat) -> Blocks:
+    """Round fp32 rows [rows, columns], whole blocks, to a symmetric format of 4 or 8 bits."""
+    assert not form.corrected
+    return (quantise_4bit if form.bits == 4 else quantise_8bit)(values, form.block)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How floating-point matrices are rounded: `ordinary` ones and `sensitive` ones (head, router); None keeps fp32."""
+
+    ordinary: BlockFormat | None
+    sensitive: BlockFormat | None
+
+    def format_of(self, kind: Type, columns: int, sensitive: bool) -> BlockFormat | None:
+        """The format of a matrix with rows of `columns` values of a GGUF type; None is dense fp32."""
+        if kind in CARRIERS:
+            return CARRIERS[kind].format
+        form = self.sensitive if sensitive else self.ordinary
+        return None if form is None or columns % form.block else form
+
+    def experts_format(self, kinds: Collection[Type], columns: Collection[int]) -> BlockFormat | None:
+        """The format of all the experts of a block, whose sources have these types and columns.
+
+        The CPU's `QMoE` knows one width, one block size and no corrections: symmetric types in blocks of 32 are
+        carried (4 bits in 8 where both occur), others rounded to 8 bits.
+        """
+        if not any(kind in CARRIERS for kind in kinds):
+            form = self.ordinary
+            return None if form is None or any(count % form.block for count in columns) else form
+        formats = {CARRIERS[kind].format if kind in CARRIERS else EXPERTS_FALLBACK for kind in kinds}
+        return BlockFormat(4, 32, False) if formats == {BlockFormat(4, 32, False)} else EXPERTS_FALLBACK
+
+
+EXPERTS_FALLBACK = BlockFormat(8, 32, False)
+SchemeName = Literal["keep", "int8", "int4"]
+SCHEMES: dict[SchemeName, Scheme] = {
+    "keep": Scheme(None, None),
+    "int8": Scheme(BlockFormat(8, 32, False), BlockFormat(8, 32, False)),
+    "int4": Scheme(BlockFormat(4, 32, False), BlockFormat(8, 32, False)),
+}

@@ -1,4 +1,4 @@
-"""The decoder as an ONNX Runtime session: embeddings and a cache in, logits out, everything in place."""
+"""The decoder as an ONNX Runtime session: embeddings and a state in, logits and the next state out."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lsp_agent.engine.architectures import architecture
 from lsp_agent.engine.decoder import EMBEDDING, build_decoder
 from lsp_agent.engine.embedding import Embedding
 from lsp_agent.engine.graph import Accuracy, GraphBuilder
-from lsp_agent.engine.kv_cache import KvCache
 from lsp_agent.engine.package import Package
+from lsp_agent.engine.state import State
 from lsp_agent.errors import Cancelled, UserError
 
 CANCEL_POLL_S = 0.05
 
 
 class Decoder:
-    """Runs tokens through the model and appends their keys and values to a `KvCache`."""
+    """Runs tokens through the model and moves a `State` on."""
 
     def __init__(self, package: Package, threads: int, context: int, accuracy: Accuracy) -> None:
         self.config = package.config
@@ -38,17 +38,20 @@ class Decoder:
         except Exception as error:  # ORT raises its own untyped errors
             raise UserError(f"ONNX Runtime cannot load {package.path} ({error}); import the model again.") from error
 
-    def run(
-        self, ids: np.ndarray, cache: KvCache, rows: Sequence[int], cancel: CancelToken | None = None
-    ) -> np.ndarray:
-        """Append `ids` [batch, length] to `cache` and return logits [len(rows), vocabulary], fp32.
+    @property
+    def recurrent(self) -> bool:
+        """Whether a part of the state cannot go back by any number of tokens."""
+        return not all(spec.growing for spec in self.states)
 
-        `rows` index the batch * length positions. The caller counts the tokens (`cache.extend`).
-        Raises `Cancelled` within a few operators of `cancel`; the cache is then as before.
+    def run(self, ids: np.ndarray, state: State, rows: Sequence[int], cancel: CancelToken | None = None) -> np.ndarray:
+        """Append `ids` [batch, length] to `state` and return logits [len(rows), vocabulary], fp32.
+
+        `rows` index the batch * length positions. The caller counts the tokens (`state.extend`).
+        Raises `Cancelled` within a few operators of `cancel`; the state is then as before.
         """
         batch, length = ids.shape
-        total = cache.length + length
-        binding = cache.binding(self._session, self.states)
+        total = state.length + length
+        binding = state.binding(self._session)
         inputs = {  # the binding borrows these arrays, so they must outlive the run
             "embeddings": self._embed(ids.reshape(-1)).reshape(batch, length, -1),
             "lengths": np.full(batch, total - 1, np.int32),
@@ -72,6 +75,7 @@ class Decoder:
             done.set()
             if watcher is not None:
                 watcher.join()
+        state.commit()
         return logits
 
 

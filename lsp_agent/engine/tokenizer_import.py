@@ -1,15 +1,16 @@
-"""A GGUF file's own vocabulary as `tokenizer.json` and `tokenizer_config.json`."""
+"""The vocabulary of a GGUF file, or of a Hugging Face folder, as `tokenizer.json` and `tokenizer_config.json`."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from lsp_agent.engine.gguf_file import GgufFile
+from lsp_agent.engine.architectures.config import GgufMetadata
 from lsp_agent.engine.manifest import QWEN_FIM
 from lsp_agent.errors import UserError
 
@@ -23,7 +24,7 @@ SPLIT_PATTERNS = {
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
-def write_tokenizer(file: GgufFile, folder: Path) -> dict[str, Any]:
+def write_gguf_tokenizer(file: GgufMetadata, folder: Path) -> dict[str, Any]:
     """Write both files into `folder`; returns the ids of the special tokens for the package's config.
 
     Raises `UserError` for a vocabulary of a kind that is not supported.
@@ -58,3 +59,38 @@ def write_tokenizer(file: GgufFile, folder: Path) -> dict[str, Any]:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     fim = {name: vocabulary[token] for name, token in QWEN_FIM.items() if token in vocabulary}
     return {"end": sorted(ends), "fim": fim}
+
+
+def copy_hf_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
+    """Copy a Hugging Face folder's tokenizer into `folder`; returns the ids of the special tokens.
+
+    Raises `UserError` when there is no tokenizer.json or it cannot be read.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises a bare Exception for a missing file and for broken JSON alike
+        raise UserError(f"{source} lacks a readable tokenizer.json; use a complete checkpoint of the model.") from error
+    shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
+    config = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").exists() else {}
+    template = source / "chat_template.jinja"
+    if template.exists():
+        config["chat_template"] = template.read_text(encoding="utf-8")
+    config = {**config, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    generation = source / "generation_config.json"
+    listed = (read_json(generation) if generation.exists() else {}).get("eos_token_id")
+    ends = set(listed if isinstance(listed, list) else [] if listed is None else [listed])
+    ends |= {tokenizer.token_to_id(token) for token in END_TOKENS} - {None}
+    fim = {name: tokenizer.token_to_id(token) for name, token in QWEN_FIM.items()}
+    return {"end": sorted(ends), "fim": {name: index for name, index in fim.items() if index is not None}}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of a Hugging Face folder; raises `UserError` when it is missing or damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged; use a complete checkpoint of the model.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged; download it again.")
+    return values

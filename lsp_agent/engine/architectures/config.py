@@ -1,32 +1,182 @@
-"""Reads the numbers that every decoder's GGUF metadata holds under its architecture's name."""
+"""Reads a decoder's numbers off GGUF metadata or Hugging Face's config.json: the same keys for every architecture."""
 
 from __future__ import annotations
 
-from lsp_agent.engine.architecture import ModelConfig
-from lsp_agent.engine.gguf_file import GgufFile
+from pathlib import Path
+from typing import Any, Protocol
+
+from lsp_agent.engine.architecture import ExpertsConfig, LinearAttentionConfig, ModelConfig, RopeScaling
 from lsp_agent.errors import UserError
 
 
-def read_decoder_config(file: GgufFile) -> ModelConfig:
-    """The config of a checkpoint; raises `UserError` when a number is missing or a feature is not supported."""
+class GgufMetadata(Protocol):
+    """The metadata of a GGUF file."""
+
+    path: Path
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of `key`, or `default`."""
+
+    def require(self, key: str) -> Any:
+        """The value of `key`; raises `UserError` without one."""
+
+
+def gguf_config(file: GgufMetadata, vocabulary: int) -> ModelConfig:
+    """The config in a GGUF file; raises `UserError` when a number is missing or a feature is not supported."""
     name = str(file.require("general.architecture"))
-    scaling = file.get(f"{name}.rope.scaling.type")
-    if scaling not in (None, "none"):
-        raise UserError(f"{file.path} uses rope scaling {scaling!r}, which is not supported; use the base checkpoint.")
     hidden, heads = int(file.require(f"{name}.embedding_length")), int(file.require(f"{name}.attention.head_count"))
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise UserError(f"{file.path} lacks the tensor token_embd.weight; use a complete checkpoint of the model.")
+    layers, head_size = int(file.require(f"{name}.block_count")), file.get(f"{name}.attention.key_length")
+    head_size = int(head_size) if head_size is not None else hidden // heads
+    rotary = file.get(f"{name}.rope.dimension_count")
     return ModelConfig(
         architecture=name,
-        layers=int(file.require(f"{name}.block_count")),
+        layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=int(file.get(f"{name}.attention.head_count_kv", heads)),
-        head_size=int(file.get(f"{name}.attention.key_length", hidden // heads)),
-        intermediate=int(file.require(f"{name}.feed_forward_length")),
-        vocabulary=embedding.rows,
+        head_size=head_size,
+        intermediate=int(file.get(f"{name}.feed_forward_length", 0)),
+        vocabulary=vocabulary,
         context=int(file.require(f"{name}.context_length")),
         rope_base=float(file.get(f"{name}.rope.freq_base", 10000.0)),
         rms_epsilon=float(file.require(f"{name}.attention.layer_norm_rms_epsilon")),
+        rotary=int(rotary) if rotary is not None and int(rotary) != head_size else None,
+        rope_scaling=_gguf_scaling(file, name),
+        attention_bias=name == "qwen2moe",
+        experts=_gguf_experts(file, name),
+        linear_attention=_gguf_linear_attention(file, name, layers),
+    )
+
+
+def _gguf_scaling(file: GgufMetadata, name: str) -> RopeScaling | None:
+    kind = file.get(f"{name}.rope.scaling.type")
+    if kind in (None, "none"):
+        return None
+    if kind not in ("linear", "yarn"):
+        raise UserError(f"{file.path} uses rope scaling {kind!r}, which is not supported; use the base checkpoint.")
+    return RopeScaling(
+        kind=kind,
+        factor=float(file.require(f"{name}.rope.scaling.factor")),
+        original_context=int(file.get(f"{name}.rope.scaling.original_context_length", 0)),
+    )
+
+
+def _gguf_experts(file: GgufMetadata, name: str) -> ExpertsConfig | None:
+    count = int(file.get(f"{name}.expert_count", 0))
+    if not count:
+        return None
+    return ExpertsConfig(
+        count=count,
+        used=int(file.require(f"{name}.expert_used_count")),
+        intermediate=int(file.require(f"{name}.expert_feed_forward_length")),
+        shared_intermediate=int(file.get(f"{name}.expert_shared_feed_forward_length", 0)),
+        normalise=name != "qwen2moe",  # llama.cpp fixes it by the architecture's name; GGUF has no key for it
+    )
+
+
+def _gguf_linear_attention(file: GgufMetadata, name: str, layers: int) -> LinearAttentionConfig | None:
+    inner = file.get(f"{name}.ssm.inner_size")
+    if inner is None:
+        return None
+    value_heads = int(file.require(f"{name}.ssm.time_step_rank"))
+    interval = int(file.get(f"{name}.full_attention_interval", 4))
+    return LinearAttentionConfig(
+        key_heads=int(file.require(f"{name}.ssm.group_count")),
+        value_heads=value_heads,
+        key_size=int(file.require(f"{name}.ssm.state_size")),
+        value_size=int(inner) // value_heads,
+        kernel=int(file.require(f"{name}.ssm.conv_kernel")),
+        layers=tuple(index for index in range(layers) if (index + 1) % interval),
+    )
+
+
+def hf_config(values: dict[str, Any], path: Path, architecture: str) -> ModelConfig:
+    """The config in Hugging Face's config.json; raises `UserError` as `gguf_config` does."""
+    try:
+        return _hf_config(values, path, architecture)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} lacks or has a wrong {error}; use a complete checkpoint of the model.") from error
+
+
+def _hf_config(values: dict[str, Any], path: Path, architecture: str) -> ModelConfig:
+    hidden, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
+    layers, head_size = int(values["num_hidden_layers"]), int(values.get("head_dim") or hidden // heads)
+    if values.get("hidden_act", "silu") != "silu":
+        raise UserError(
+            f"{path} uses the activation {values['hidden_act']!r}, which is not supported; use another model."
+        )
+    if values.get("use_sliding_window"):
+        raise UserError(f"{path} uses sliding-window attention, which is not supported; use a checkpoint without it.")
+    rope = values.get("rope_parameters") or {**(values.get("rope_scaling") or {})}
+    partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
+    if partial is None:
+        partial = 0.25 if architecture == "qwen3next" else 1.0  # the default of Qwen3NextConfig
+    rotary = int(head_size * float(partial))
+    return ModelConfig(
+        architecture=architecture,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=int(values.get("num_key_value_heads") or heads),
+        head_size=head_size,
+        intermediate=int(values["intermediate_size"]),
+        vocabulary=int(values["vocab_size"]),
+        context=int(values["max_position_embeddings"]),
+        rope_base=float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
+        rms_epsilon=float(values.get("rms_norm_eps", 1e-6)),
+        rotary=rotary if rotary != head_size else None,
+        rope_scaling=_hf_scaling(rope, values, path),
+        attention_bias=bool(values.get("attention_bias", values.get("qkv_bias", architecture == "qwen2moe"))),
+        experts=_hf_experts(values, layers),
+        linear_attention=_hf_linear_attention(values, layers),
+    )
+
+
+def _hf_scaling(rope: dict[str, Any], values: dict[str, Any], path: Path) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ("linear", "yarn") or rope.get("mscale") or not rope.get("truncate", True):
+        raise UserError(f"{path} uses rope scaling {kind!r}, which is not supported; use the base checkpoint.")
+    original = rope.get("original_max_position_embeddings") or values["max_position_embeddings"]
+    attention = rope.get("attention_factor")
+    return RopeScaling(
+        kind=kind,
+        factor=float(rope["factor"]),
+        original_context=int(original),
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        attention_factor=None if attention is None else float(attention),
+    )
+
+
+def _hf_experts(values: dict[str, Any], layers: int) -> ExpertsConfig | None:
+    count = int(values.get("num_experts", values.get("num_local_experts", 0)))
+    if not count:
+        return None
+    step, dense = int(values.get("decoder_sparse_step", 1)), values.get("mlp_only_layers") or []
+    return ExpertsConfig(
+        count=count,
+        used=int(values["num_experts_per_tok"]),
+        intermediate=int(values["moe_intermediate_size"]),
+        shared_intermediate=int(values.get("shared_expert_intermediate_size", 0)),
+        normalise=bool(values["norm_topk_prob"]),
+        dense_layers=tuple(index for index in range(layers) if index in dense or (index + 1) % step),
+    )
+
+
+def _hf_linear_attention(values: dict[str, Any], layers: int) -> LinearAttentionConfig | None:
+    if "linear_num_value_heads" not in values:
+        return None
+    interval = int(values.get("full_attention_interval", 4))
+    kinds = values.get("layer_types") or [
+        "linear_attention" if (index + 1) % interval else "full_attention" for index in range(layers)
+    ]
+    return LinearAttentionConfig(
+        key_heads=int(values["linear_num_key_heads"]),
+        value_heads=int(values["linear_num_value_heads"]),
+        key_size=int(values["linear_key_head_dim"]),
+        value_size=int(values["linear_value_head_dim"]),
+        kernel=int(values["linear_conv_kernel_dim"]),
+        layers=tuple(index for index, kind in enumerate(kinds[:layers]) if kind == "linear_attention"),
     )

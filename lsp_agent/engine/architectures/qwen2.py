@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from lsp_agent.engine.architecture import Architecture, Block, ModelConfig
-from lsp_agent.engine.architectures.config import read_decoder_config
 from lsp_agent.engine.layers import Attention, DenseMlp
 
 
@@ -11,4 +10,4 @@ def _block(config: ModelConfig, index: int) -> Block:  # noqa: ARG001 - every bl
     return Block(Attention(bias=True), DenseMlp())
 
 
-QWEN2 = Architecture(name="qwen2", read_config=read_decoder_config, block=_block)
+QWEN2 = Architecture(name="qwen2", hf_name="qwen2", block=_block)

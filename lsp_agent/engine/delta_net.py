@@ -1,0 +1,116 @@
+"""Gated DeltaNet: linear attention whose state per head is a matrix, decayed and corrected by every token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lsp_agent.engine.architecture import LinearAttentionConfig, ModelConfig, WeightSpec
+from lsp_agent.engine.graph import CONTRIB, GraphBuilder
+
+L2_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class GatedDeltaNet:
+    """Yang et al., 2024 (Gated Delta Networks), as Qwen3-Next has it.
+
+    A short causal convolution over q, k and v; q and k of unit length; per value head the state
+    `S = exp(g) S + b k (v - exp(g) S^T k)^T` with `g = a_scale * softplus(a + dt)` and `b = sigmoid(b)`; the result
+    `S^T q / sqrt(key size)` is RMS-normalised and gated by `silu(z)`. Each key head serves consecutive value heads.
+    """
+
+    def weights(self, config: ModelConfig, prefix: str) -> Sequence[WeightSpec]:
+        """Projections qkv and z as one linear, b and a (by key head) as another, convolution, decay, norm, output."""
+        linear, key, value = _sizes(config)
+        channels = 2 * key + value
+        names = (f"{prefix}.attn_qkv.weight", f"{prefix}.attn_gate.weight")
+        ba, out = f"{prefix}.ssm_ba", f"{prefix}.ssm_out"
+        heads = linear.value_heads
+        conv = f"{prefix}.ssm_conv1d"
+        return [
+            WeightSpec(f"{prefix}.ssm_qkvz", names, "linear", (channels + value, config.hidden)),
+            WeightSpec(ba, (f"{ba}.weight",), "linear", (2 * heads, config.hidden), sensitive=True),
+            WeightSpec(conv, (f"{conv}.weight",), "vector", (channels, 1, linear.kernel)),
+            WeightSpec(f"{prefix}.ssm_a", (f"{prefix}.ssm_a",), "vector", (heads,)),
+            WeightSpec(f"{prefix}.ssm_dt", (f"{prefix}.ssm_dt.bias",), "vector", (heads,)),
+            WeightSpec(f"{prefix}.ssm_norm", (f"{prefix}.ssm_norm.weight",), "vector", (linear.value_size,)),
+            WeightSpec(out, (f"{out}.weight",), "linear", (config.hidden, value)),
+        ]
+
+    def build(self, graph: GraphBuilder, config: ModelConfig, prefix: str, x: str) -> str:
+        """See `Layer.build`."""
+        linear, key_width, value_width = _sizes(config)
+        channels = 2 * key_width + value_width
+        qkv, z = graph.split(graph.linear(x, f"{prefix}.ssm_qkvz"), [channels, value_width])
+        past, present = graph.recurrent_state(f"{prefix}.conv", (linear.kernel - 1, channels))
+        convolved = graph.op(
+            "CausalConvWithState",
+            [qkv, graph.vector(f"{prefix}.ssm_conv1d"), "", past],
+            domain=CONTRIB,
+            more_outputs=(present,),
+            activation="silu",
+            channels_last=1,
+        )
+        query, key, value = graph.split(convolved, [key_width, key_width, value_width])
+        query = graph.reshape(_unit_length(graph, query, linear), [0, 0, key_width])
+        decay, beta = self._gates(graph, linear, prefix, x)
+        past, present = graph.recurrent_state(
+            f"{prefix}.delta", (linear.value_heads, linear.key_size, linear.value_size)
+        )
+        attended = graph.op(
+            "LinearAttention",
+            [query, self._keys(graph, key, linear), value, past, decay, beta],
+            domain=CONTRIB,
+            more_outputs=(present,),
+            q_num_heads=linear.key_heads,
+            kv_num_heads=linear.value_heads,
+            update_rule="gated_delta",
+        )
+        norm = graph.vector(f"{prefix}.ssm_norm")
+        epsilon = config.rms_epsilon
+        gated = graph.op("GatedRMSNorm", [attended, norm, z], domain=CONTRIB, activation="silu", epsilon=epsilon)
+        return graph.linear(gated, f"{prefix}.ssm_out")
+
+    @staticmethod
+    def _keys(graph: GraphBuilder, key: str, linear: LinearAttentionConfig) -> str:
+        """Unit keys, repeated for each value head: LinearAttention shares queries between heads, but not keys."""
+        served = linear.value_heads // linear.key_heads
+        unit = _unit_length(graph, key, linear)
+        if served > 1:
+            unit = graph.reshape(unit, [0, 0, linear.key_heads, 1, linear.key_size])
+            unit = graph.op("Expand", [unit, graph.integers([1, 1, 1, served, 1])])
+        return graph.reshape(unit, [0, 0, linear.value_heads * linear.key_size])
+
+    @staticmethod
+    def _gates(graph: GraphBuilder, linear: LinearAttentionConfig, prefix: str, x: str) -> tuple[str, str]:
+        """Log decay and update rate [batch, length, value heads]."""
+        served = linear.value_heads // linear.key_heads
+        by_key_head = graph.reshape(graph.linear(x, f"{prefix}.ssm_ba"), [0, 0, linear.key_heads, 2 * served])
+        rate, step = (
+            graph.reshape(part, [0, 0, linear.value_heads]) for part in graph.split(by_key_head, [served, served])
+        )
+        beta = f"{prefix}.beta"
+        dt, scale = graph.vector(f"{prefix}.ssm_dt"), graph.vector(f"{prefix}.ssm_a")
+        decay = graph.op("LinearAttentionGate", [step, dt, scale, rate], domain=CONTRIB, more_outputs=(beta,))
+        return decay, beta
+
+
+def _sizes(config: ModelConfig) -> tuple[LinearAttentionConfig, int, int]:
+    linear = config.linear_attention
+    assert linear is not None
+    return linear, linear.key_heads * linear.key_size, linear.value_heads * linear.value_size
+
+
+def _unit_length(graph: GraphBuilder, x: str, linear: LinearAttentionConfig) -> str:
+    """`x / sqrt(sum(x^2) + 1e-6)` over each key head, [batch, length, key heads, key size].
+
+    An RMS norm with weights 1 / sqrt(size) and an epsilon divided by the size is the same; LpNormalization has none.
+    """
+    size = linear.key_size
+    weights = graph.constant(f"unit_{size}", np.full(size, 1 / math.sqrt(size), np.float32))
+    heads = graph.reshape(x, [0, 0, linear.key_heads, size])
+    return graph.op("SimplifiedLayerNormalization", [heads, weights], axis=-1, epsilon=L2_EPSILON / size)

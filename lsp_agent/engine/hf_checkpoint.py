@@ -1,0 +1,206 @@
+"""A Hugging Face folder as a `Checkpoint`: sharded safetensors under GGUF's tensor names and layouts.
+
+What differs from GGUF is undone here, so that the rest of the engine knows one convention: the matrices of experts
+are stacked, norms that are stored less one get it back, the decay of Gated DeltaNet is `-exp(A_log)`, and its packed
+projection, which Hugging Face orders by key head (q, k, v, z of head 0, then of head 1 …), is sorted by part.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from gguf import quants
+
+from lsp_agent.engine import tokenizer_import
+from lsp_agent.engine.architecture import ModelConfig
+from lsp_agent.engine.architectures import ARCHITECTURES, architecture
+from lsp_agent.engine.architectures.config import hf_config
+from lsp_agent.engine.safetensors_file import FLOAT8, SafeTensor, read_safetensors
+from lsp_agent.errors import UserError
+
+NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+BLOCK_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "linear_attn.in_proj_ba": "ssm_ba",
+    "linear_attn.conv1d": "ssm_conv1d",
+    "linear_attn.norm": "ssm_norm",
+    "linear_attn.out_proj": "ssm_out",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+}
+IGNORED = re.compile(r"mtp\.|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")
+"""The draft head of multi-token prediction, and tables that old checkpoints carry."""
+
+_BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)$")
+_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj$")
+_DECAY = re.compile(r"model\.layers\.(\d+)\.linear_attn\.(A_log|dt_bias)$")
+
+
+@dataclass(frozen=True)
+class HfTensor:
+    """Rows of one or more safetensors under a GGUF name; `rows_of` picks and orders the rows of the only piece."""
+
+    name: str
+    pieces: tuple[SafeTensor, ...]
+    rows_of: np.ndarray | None = None
+    transform: Callable[[np.ndarray], np.ndarray] | None = None
+
+    @property
+    def type(self) -> Type:
+        """See `CheckpointTensor.type`."""
+        return Type.F32 if self.transform else self.pieces[0].type
+
+    @property
+    def rows(self) -> int:
+        """See `CheckpointTensor.rows`."""
+        return sum(piece.rows for piece in self.pieces) if self.rows_of is None else len(self.rows_of)
+
+    @property
+    def columns(self) -> int:
+        """See `CheckpointTensor.columns`."""
+        return self.pieces[0].columns
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """See `CheckpointTensor.read`."""
+        if self.rows_of is not None:
+            return self.pieces[0].read(self.rows_of[start:stop])
+        chunks, first = [], 0
+        for piece in self.pieces:
+            low, high = max(start - first, 0), min(stop - first, piece.rows)
+            if low < high:
+                chunks.append(piece.read(slice(low, high)))
+            first += piece.rows
+        raw = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+        if self.transform is None:
+            return raw
+        values = quants.dequantize(np.ascontiguousarray(raw), self.pieces[0].type)
+        return self.transform(values.astype(np.float32)).astype(np.float32).view(np.uint8)
+
+
+class HfCheckpoint:
+    """Opens a folder with config.json and safetensors; raises `UserError` for anything incomplete or damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._values = tokenizer_import.read_json(path / "config.json")
+        kinds = {known.hf_name: known for known in ARCHITECTURES.values()}
+        found = self._values.get("model_type")
+        self._architecture = kinds[found] if found in kinds else architecture(str(found))
+        self._config = hf_config(self._values, path / "config.json", self._architecture.name)
+        self._shards = self._find_shards()
+        loaded: dict[str, SafeTensor] = {}
+        for shard in self._shards:
+            loaded |= read_safetensors(shard)
+        self.tensors = {tensor.name: tensor for tensor in self._present(_with_scales(loaded, path))}
+
+    def _find_shards(self) -> list[Path]:
+        index = self.path / "model.safetensors.index.json"
+        if not index.exists():
+            return [self.path / "model.safetensors"]
+        weight_map = tokenizer_import.read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index} is damaged; download it again.")
+        names = sorted(set(weight_map.values()))
+        absent = [name for name in names if Path(name).name != name or not (self.path / name).is_file()]
+        if absent:
+            raise UserError(f"{self.path} lacks {', '.join(absent)}; download the rest of the checkpoint.")
+        return [self.path / name for name in names]
+
+    def _present(self, loaded: dict[str, SafeTensor]) -> Iterator[HfTensor]:
+        experts: dict[str, dict[int, SafeTensor]] = {}
+        for name, tensor in loaded.items():
+            block, decay = _BLOCK.match(name), _DECAY.match(name)
+            if IGNORED.match(name) or (name == "lm_head.weight" and self._values.get("tie_word_embeddings")):
+                continue
+            if decay:
+                target = "ssm_a" if decay[2] == "A_log" else "ssm_dt.bias"
+                transform = (lambda values: -np.exp(values)) if decay[2] == "A_log" else None
+                yield HfTensor(f"blk.{decay[1]}.{target}", (tensor,), transform=transform)
+            elif block and (expert := _EXPERT.match(block[2])):
+                experts.setdefault(f"blk.{block[1]}.ffn_{expert[2]}_exps.weight", {})[int(expert[1])] = tensor
+            elif block and block[2] == "linear_attn.in_proj_qkvz":
+                yield from self._split_qkvz(f"blk.{block[1]}", tensor)
+            else:
+                yield self._plain(name, tensor, block)
+        for name, by_index in experts.items():
+            yield HfTensor(name, tuple(by_index[index] for index in sorted(by_index)))
+
+    def _plain(self, name: str, tensor: SafeTensor, block: re.Match[str] | None) -> HfTensor:
+        stem, _, suffix = name.rpartition(".")
+        target = NAMES.get(stem)
+        if block:
+            part = BLOCK_NAMES.get(block[2])
+            if block[2] == "post_attention_layernorm":
+                part = self._architecture.mlp_norm
+            target = None if part is None else f"blk.{block[1]}.{part}"
+        if target is None:
+            return HfTensor(name, (tensor,))  # surplus: the import names it
+        centred = self._architecture.zero_centred and target.endswith("_norm") and not target.endswith("ssm_norm")
+        return HfTensor(f"{target}.{suffix}", (tensor,), transform=(lambda values: values + 1) if centred else None)
+
+    def _split_qkvz(self, prefix: str, tensor: SafeTensor) -> Iterator[HfTensor]:
+        linear = self._config.linear_attention
+        if linear is None:
+            raise UserError(f"{self.path} has the tensor {tensor.name}, which its config.json does not know of.")
+        values = linear.value_heads // linear.key_heads * linear.value_size
+        head = 2 * linear.key_size + 2 * values
+        if tensor.rows != linear.key_heads * head:
+            yield HfTensor(f"{prefix}.attn_qkv.weight", (tensor,))  # misshapen: the import names it
+            return
+        order = np.arange(tensor.rows).reshape(linear.key_heads, head)
+        cuts = np.cumsum([linear.key_size, linear.key_size, values])
+        query, key, value, gate = (part.reshape(-1) for part in np.split(order, cuts, axis=1))
+        yield HfTensor(f"{prefix}.attn_qkv.weight", (tensor,), np.concatenate([query, key, value]))
+        yield HfTensor(f"{prefix}.attn_gate.weight", (tensor,), gate)
+
+    @property
+    def architecture(self) -> str:
+        """See `Checkpoint.architecture`."""
+        return self._architecture.name
+
+    def config(self) -> ModelConfig:
+        """See `Checkpoint.config`."""
+        return self._config
+
+    def files(self) -> list[Path]:
+        """See `Checkpoint.files`."""
+        return self._shards
+
+    def write_tokenizer(self, folder: Path) -> dict[str, Any]:
+        """See `Checkpoint.write_tokenizer`."""
+        return tokenizer_import.copy_hf_tokenizer(self.path, folder)
+
+
+def _with_scales(loaded: dict[str, SafeTensor], path: Path) -> dict[str, SafeTensor]:
+    """Join FP8 tensors with the scales of their blocks of 128 x 128 (`weight_scale_inv`)."""
+    result = {}
+    for name, tensor in loaded.items():
+        if name.endswith(".weight_scale_inv"):
+            continue
+        if tensor.dtype == FLOAT8:
+            scale = loaded.get(f"{name}_scale_inv")
+            blocks = (-(-tensor.rows // 128), -(-tensor.columns // 128))
+            if scale is None or scale.dtype == FLOAT8 or scale.shape != blocks:
+                raise UserError(f"{path} lacks the scales {blocks} of the FP8 tensor {name}; download it again.")
+            values = quants.dequantize(np.ascontiguousarray(scale.raw), scale.type).astype(np.float32)
+            tensor = replace(tensor, block_scales=values.reshape(blocks))
+        result[name] = tensor
+    return result

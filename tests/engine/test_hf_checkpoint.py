@@ -1,0 +1,194 @@
+"""Hugging Face folders: shards, types, FP8 blocks, and one clear sentence for everything that does not fit."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from gguf import quants
+from ml_dtypes import bfloat16, float8_e4m3fn
+from test_golden_hf import GOLDEN, PROMPT, read
+from tiny_hf import random_weights, write_hf_checkpoint, write_safetensors
+
+from lsp_agent.engine.checkpoint import open_checkpoint
+from lsp_agent.engine.engine import Engine
+from lsp_agent.engine.importing import import_checkpoint
+from lsp_agent.engine.package import Package
+from lsp_agent.errors import UserError
+
+NEXT = "qwen3-next"
+
+
+def saved(name=NEXT):
+    checkpoint = json.loads(str(GOLDEN[f"{name}.checkpoint"]))
+    return checkpoint["config"], random_weights(checkpoint["shapes"], checkpoint["config"])
+
+
+def values(tensor) -> np.ndarray:
+    raw = np.ascontiguousarray(tensor.read(0, tensor.rows))
+    return quants.dequantize(raw, tensor.type).reshape(tensor.rows, tensor.columns)
+
+
+def weights_of(package) -> bytes:
+    return (package / "weights.bin").read_bytes()
+
+
+def test_shards_make_the_same_package(hf_folder, hf_package, tmp_path):
+    report = import_checkpoint(hf_folder(NEXT, shards=3), tmp_path / "p")
+    assert weights_of(tmp_path / "p") == weights_of(hf_package(NEXT))
+    assert all(tensor.exact for tensor in report.tensors)
+    assert report.package_bytes == sum(path.stat().st_size for path in (tmp_path / "p").iterdir())
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("BF16", bfloat16), ("F16", np.float16)])
+def test_16_bit_weights_are_widened_exactly(hf_folder, tmp_path, dtype, kind):
+    config, weights = saved()
+    import_checkpoint(hf_folder(NEXT, dtype), tmp_path / "p")
+    rounded = {name: array.astype(kind).astype(np.float32) for name, array in weights.items()}
+    import_checkpoint(write_hf_checkpoint(tmp_path / "wide", config, rounded), tmp_path / "q")
+    engines = [Engine.load(tmp_path / name, threads=1, accuracy="exact") for name in "pq"]
+    logits = [read(engine, [PROMPT])[0] for engine in engines]
+    np.testing.assert_array_equal(*logits)
+
+
+def test_fp8_blocks_are_multiplied_by_their_scales(tmp_path):
+    random = np.random.RandomState(0)
+    codes = random.randint(0, 0x70, (200, 288)).astype(np.uint8)  # no NaN
+    scales = random.uniform(0.5, 2, (2, 3)).astype(np.float32)
+    config, weights = saved()
+    folder = write_hf_checkpoint(tmp_path / "c", config, weights)
+    name = "model.layers.0.linear_attn.out_proj.weight"
+    tensors = {**weights, name: codes, f"{name}_scale_inv": scales}
+    write_safetensors(folder / "model.safetensors", tensors)
+    tensor = open_checkpoint(folder).tensors["blk.0.ssm_out.weight"]
+    expected = codes.view(float8_e4m3fn).astype(np.float32)
+    expected *= np.kron(scales, np.ones((128, 128), np.float32))[:200, :288]
+    np.testing.assert_array_equal(values(tensor), expected)
+    chunk = quants.dequantize(np.ascontiguousarray(tensor.read(120, 140)), tensor.type).reshape(20, 288)
+    np.testing.assert_array_equal(chunk, expected[120:140])
+    write_safetensors(folder / "model.safetensors", {**weights, name: codes})
+    with pytest.raises(UserError, match=r"scales \(2, 3\) of the FP8 tensor .*out_proj"):
+        open_checkpoint(folder)
+
+
+def test_layouts_are_gguf_s(hf_folder):
+    _, weights = saved()
+    tensors = open_checkpoint(hf_folder(NEXT)).tensors
+    packed = weights["model.layers.0.linear_attn.in_proj_qkvz.weight"].reshape(2, -1, 64)  # 2 key heads
+    parts = np.split(packed, np.cumsum([16, 16, 48]), axis=1)
+    query, key, value, gate = (part.reshape(-1, 64) for part in parts)
+    np.testing.assert_array_equal(values(tensors["blk.0.attn_qkv.weight"]), np.concatenate([query, key, value]))
+    np.testing.assert_array_equal(values(tensors["blk.0.attn_gate.weight"]), gate)
+    expected = -np.exp(weights["model.layers.0.linear_attn.A_log"])
+    np.testing.assert_array_equal(values(tensors["blk.0.ssm_a"])[0], expected)
+    for ours, theirs, plus in (
+        ("attn_norm", "input_layernorm", 1),
+        ("post_attention_norm", "post_attention_layernorm", 1),
+        ("ssm_norm", "linear_attn.norm", 0),
+    ):
+        expected = weights[f"model.layers.0.{theirs}.weight"] + plus
+        np.testing.assert_array_equal(values(tensors[f"blk.0.{ours}.weight"])[0], expected)
+    experts = values(tensors["blk.1.ffn_up_exps.weight"]).reshape(16, 32, 64)
+    np.testing.assert_array_equal(experts[11], weights["model.layers.1.mlp.experts.11.up_proj.weight"])
+
+
+def test_tokenizer_and_special_tokens(hf_package):
+    package = Package(hf_package(NEXT))
+    engine = Engine.load(hf_package(NEXT), threads=1)
+    vocabulary = engine.tokenizer
+    text = "def f(x):\n    return x\n"
+    assert vocabulary.decode(vocabulary.encode(text)) == text
+    assert engine.chat_prompt([{"role": "user", "content": "hi"}])
+    assert len(package.header["tokens"]["end"]) == 2 and "prefix" in package.header["tokens"]["fim"]
+
+
+def broken(tmp_path, change):
+    config, weights = saved()
+    change(config, weights)
+    return write_hf_checkpoint(tmp_path / "c", config, weights)
+
+
+def test_missing_surplus_and_misshapen_tensors_are_named_together(tmp_path):
+    def change(config, weights):
+        del weights["model.layers.3.self_attn.k_norm.weight"]
+        del weights["model.layers.2.mlp.experts.5.down_proj.weight"]
+        weights["model.layers.0.self_attn.sinks"] = np.zeros(4, np.float32)
+        weights["model.layers.1.linear_attn.out_proj.weight"] = np.zeros((64, 95), np.float32)
+        weights["mtp.norm.weight"] = np.zeros(4, np.float32)  # the draft head is not surplus
+
+    with pytest.raises(UserError) as caught:
+        import_checkpoint(broken(tmp_path, change), tmp_path / "p")
+    message = str(caught.value)
+    assert "lacks blk.3.attn_k_norm.weight" in message
+    assert "surplus model.layers.0.self_attn.sinks" in message
+    assert "blk.1.ssm_out.weight 64 x 95 instead of 64 x 96" in message
+    assert "blk.2.ffn_down_exps.weight 960 x 32 instead of 1024 x 32" in message
+    assert "mtp" not in message and "\n" not in message
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_tied_head_is_the_embedding_even_if_it_is_stored(tmp_path):
+    config, weights = saved("qwen3")
+    weights["lm_head.weight"] = np.ones((288, 64), np.float32)
+    import_checkpoint(write_hf_checkpoint(tmp_path / "c", config, weights), tmp_path / "p")
+    logits, _ = read(Engine.load(tmp_path / "p", threads=1, accuracy="exact"), [PROMPT])
+    expected = GOLDEN["qwen3.logits"]
+    assert np.abs(logits[GOLDEN["positions"]] - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"model_type": "mamba"}, "'mamba' are not supported"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"use_sliding_window": True}, "sliding-window"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1.0}}, "rope scaling 'dynamic'"),
+        ({"num_hidden_layers": "many"}, "config.json"),
+        ({"num_experts_per_tok": None}, "config.json"),
+        ({"linear_num_key_heads": 4}, "does not hold the tensors"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_configs_that_do_not_fit(tmp_path, change, match):
+    with pytest.raises(UserError, match=match) as caught:
+        import_checkpoint(broken(tmp_path, lambda config, _: config.update(change)), tmp_path / "p")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_damaged_files(hf_folder, tmp_path):
+    def copy(name, shards=1):
+        return shutil.copytree(hf_folder(NEXT, shards=shards), tmp_path / name)
+
+    folder = copy("shard", shards=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match=r"lacks model-00002-of-00003\.safetensors"):
+        import_checkpoint(folder, tmp_path / "p")
+    folder = copy("config")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is missing or damaged"):
+        import_checkpoint(folder, tmp_path / "p")
+    folder = copy("tokenizer")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"lacks a readable tokenizer\.json"):
+        import_checkpoint(folder, tmp_path / "p")
+    with pytest.raises(UserError, match="give the folder"):
+        import_checkpoint(folder / "model.safetensors", tmp_path / "p")
+    data = (folder / "model.safetensors").read_bytes()
+    for size in (0, 7, 100, len(data) // 2, len(data) - 1):
+        (folder / "model.safetensors").write_bytes(data[:size])
+        with pytest.raises(UserError, match="truncated or damaged"):
+            import_checkpoint(folder, tmp_path / "p")
+
+
+def test_random_damage_to_the_header_never_ends_in_a_traceback(hf_folder, tmp_path):
+    folder = shutil.copytree(hf_folder("qwen3"), tmp_path / "c")
+    data = np.frombuffer((folder / "model.safetensors").read_bytes(), np.uint8)
+    random = np.random.RandomState(0)
+    for _ in range(40):
+        damaged = data.copy()
+        damaged[random.randint(0, 3000, 3)] ^= random.randint(1, 256, 3).astype(np.uint8)
+        (folder / "model.safetensors").write_bytes(damaged.tobytes())
+        try:
+            import_checkpoint(folder, tmp_path / "p")
+        except UserError as error:
+            assert "\n" not in str(error)

@@ -7,7 +7,6 @@ all contents), `lock`. The user's repository is never written to.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import re
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
@@ -19,11 +18,19 @@ import filelock
 
 from lsp_agent.errors import ExitCode, UserError
 from lsp_agent.paths import state_dir
-from lsp_agent.workspace import transaction
+from lsp_agent.workspace import transaction, undoing
 from lsp_agent.workspace.changes import FileChange
-from lsp_agent.workspace.files import read_or_none, resolve_inside, write_durably
-from lsp_agent.workspace.journal import CHANGED, FileRecord, Journal, Record, Status, check_run_id, undone_ids
-from lsp_agent.workspace.merge import ConflictError, merge
+from lsp_agent.workspace.files import resolve_inside, write_durably
+from lsp_agent.workspace.journal import (
+    FileRecord,
+    Journal,
+    Record,
+    Status,
+    check_run_id,
+    find,
+    next_sequence,
+    undone_ids,
+)
 from lsp_agent.workspace.store import ObjectStore
 from lsp_agent.workspace.workspace import Workspace
 
@@ -98,7 +105,7 @@ class Checkpoints:
             if any(record.id == run_id for record in records):
                 raise UserError(f"The run {run_id} exists already: give another name.", ExitCode.USAGE)
             self._forget_old(records)
-            record = Record(run_id, sequence=_next_sequence(records))
+            record = Record(run_id, sequence=next_sequence(records))
             record.snapshot = self._store.snapshot(run_id, workspace)
             self._journal.save(record)
 
@@ -110,10 +117,10 @@ class Checkpoints:
         """
         self._refuse_protected(changes)
         with self._locked() as records:
-            record = _find(records, run_id)
+            record = find(records, run_id)
             if record.status not in ("begun", "rolled_back"):
                 raise UserError(f"The run {run_id} has already been applied: begin another one.", ExitCode.USAGE)
-            record.sequence = _next_sequence(records)
+            record.sequence = next_sequence(records)
             self._carry_out(record, changes, skip, modes={})
 
     def _refuse_protected(self, changes: Sequence[FileChange]) -> None:
@@ -126,14 +133,14 @@ class Checkpoints:
     def mark_applied_by_editor(self, run_id: str) -> None:
         """The editor has made the changes that `apply` or `undo` left to it."""
         with self._locked() as records:
-            record = _find(records, run_id)
+            record = find(records, run_id)
             if record.status == "awaiting_editor":
                 self._set_status(record, "applied")
 
     def complete(self, run_id: str) -> None:
         """The run ended; one that applied nothing is recorded so."""
         with self._locked() as records:
-            record = _find(records, run_id)
+            record = find(records, run_id)
             if record.status == "begun":
                 self._set_status(record, "unchanged")
 
@@ -158,16 +165,7 @@ class Checkpoints:
         `overlay`: unsaved buffers (relative path → content), which count as the current content.
         """
         with self._locked() as records:
-            return self._plan(self._undoable(records, run_id), overlay or {})[0]
-
-    def mark_undone(self, run_id: str, changes: Sequence[FileChange]) -> str:
-        """The editor has made all of `changes`, a plan of `plan_undo`; returns the id of the undo."""
-        with self._locked() as records:
-            run = self._undoable(records, run_id)
-            record = self._undo_record(records, run)
-            self._carry_out(record, changes, [change.path for change in changes], modes={})
-            self._set_status(record, "applied")
-            return record.id
+            return self._plan(undoing.find_undoable(records, run_id), overlay)[0]
 
     def undo(
         self,
@@ -183,12 +181,15 @@ class Checkpoints:
         for `apply` and `plan_undo`; the editor then makes the changes of the result that are in `skip`.
         """
         with self._locked() as records:
-            run = self._undoable(records, run_id)
-            changes, merged = self._plan(run, overlay or {})
-            record = self._undo_record(records, run)
+            run = undoing.find_undoable(records, run_id)
+            changes, merged = self._plan(run, overlay)
+            record = undoing.new_record(records, run)
             self._carry_out(record, changes, skip, modes={file.path: file.mode for file in run.files})
             transaction.remove_empty(self.root, run.folders)
             return UndoResult(run.id, record.id, tuple(changes), tuple(merged))
+
+    def _plan(self, run: Record, overlay: Mapping[str, bytes] | None) -> tuple[list[FileChange], list[str]]:
+        return undoing.plan(self.root, run, overlay or {}, self._store.get)
 
     def recover(self) -> list[str]:
         """Mend what processes that died left behind; one sentence for each thing done."""
@@ -280,49 +281,6 @@ class Checkpoints:
         except (OSError, UserError):
             pass
 
-    def _undoable(self, records: list[Record], run_id: str | None) -> Record:
-        undone = undone_ids(records)
-        if run_id is not None:
-            record = _find(records, run_id)
-            if record.id in undone or record.status not in CHANGED:
-                raise UserError(f"There is nothing to undo: the run {run_id} changes no file now.")
-            return record
-        for record in reversed(records):
-            if record.undoes is None and record.status in CHANGED and record.id not in undone:
-                return record
-        raise UserError("There is nothing to undo: no run has changed a file of this workspace.")
-
-    def _plan(self, run: Record, overlay: Mapping[str, bytes]) -> tuple[list[FileChange], list[str]]:
-        changes, merged = [], []
-        for file in run.files:
-            current = overlay.get(file.path)
-            if current is None:
-                current = read_or_none(resolve_inside(self.root, file.path))
-            before = self._store.get(file.before) if file.before is not None else None
-            after = self._store.get(file.after) if file.after is not None else None
-            if current in (before, after):
-                target = before
-            else:
-                try:
-                    target = merge(current, after, before)
-                except ConflictError:
-                    raise UserError(
-                        f"{file.path} was edited or deleted since the run {run.id} in a way that does not merge, so "
-                        "nothing was undone: take that edit back first.",
-                        ExitCode.NOT_GREEN,
-                    ) from None
-                merged.append(file.path)
-            if current != target:
-                changes.append(FileChange(file.path, current, target))
-        return changes, merged
-
-    @staticmethod
-    def _undo_record(records: list[Record], run: Record) -> Record:
-        original = re.sub(r"^undo-\d+-", "", run.id)
-        taken = {record.id for record in records}
-        number = next(number for number in itertools.count(1) if f"undo-{number}-{original}" not in taken)
-        return Record(f"undo-{number}-{original}", undoes=run.id, sequence=_next_sequence(records))
-
     def _set_status(self, record: Record, status: Status) -> None:
         record.status = status
         self._journal.save(record)
@@ -335,14 +293,3 @@ class Checkpoints:
                 self._journal.discard(record)
             self._store.forget([record.id for record in old])
             del records[: len(old)]
-
-
-def _next_sequence(records: list[Record]) -> int:
-    return max((record.sequence for record in records), default=0) + 1
-
-
-def _find(records: list[Record], run_id: str) -> Record:
-    for record in records:
-        if record.id == run_id:
-            return record
-    raise UserError(f"There is no run {run_id} in this workspace: see `lsp-agent undo --list`.", ExitCode.USAGE)

@@ -7,7 +7,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -117,6 +117,19 @@ def undone_ids(records: Iterable[Record]) -> set[str]:
         if record.undoes is not None and record.status in ("applied", "awaiting_editor") and record.id not in undone:
             undone.add(record.undoes)
     return undone
+
+
+def next_sequence(records: Iterable[Record]) -> int:
+    """The place in the order of application after all `records`."""
+    return max((record.sequence for record in records), default=0) + 1
+
+
+def find(records: Sequence[Record], run_id: str) -> Record:
+    """The record of a run; `UserError` if there is none."""
+    for record in records:
+        if record.id == run_id:
+            return record
+    raise UserError(f"There is no run {run_id} in this workspace: see `lsp-agent undo --list`.", ExitCode.USAGE)
 
 
 def _dump(record: Record) -> bytes:

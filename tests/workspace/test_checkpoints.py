@@ -346,18 +346,6 @@ def test_an_edit_that_the_editor_refused_is_undone_without_it(root: Path, checkp
     assert picture(root) == before
 
 
-def test_mark_undone_after_the_editor_did_all(root: Path, checkpoints: Checkpoints) -> None:
-    run(checkpoints, "r1", ("a.py", b"x"))
-    plan = checkpoints.plan_undo("r1")
-    for change in plan:
-        assert change.after is not None
-        (root / change.path).write_bytes(change.after)
-    undo_id = checkpoints.mark_undone("r1", plan)
-    assert statuses(checkpoints) == {"r1": "undone", undo_id: "applied"}
-    checkpoints.undo(undo_id)
-    assert (root / "a.py").read_bytes() == b"x"
-
-
 def test_unknown_and_repeated_runs(root: Path, checkpoints: Checkpoints) -> None:
     for run_id in ("nope", "../../etc", "", "a..b", "x.lock", "-x", "a" * 200):
         with pytest.raises(UserError) as caught:

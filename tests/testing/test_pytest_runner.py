@@ -1,6 +1,8 @@
 """What `PytestRunner` says about tests that pytest itself can run to the end."""
 
+import subprocess
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -378,10 +380,17 @@ def test_long_texts_are_cut_visibly(project, run):
     assert "cut by lsp-agent" in result.longrepr and "cut by lsp-agent" in result.message
 
 
-def test_what_a_run_writes_is_private_and_removed(project, run, level, monkeypatch, tmp_path):
+@pytest.fixture
+def elsewhere():
+    """Outside of pytest's own folder, which pytest could not remove if a killed test left deep folders in it."""
+    folder = Path(tempfile.mkdtemp(prefix="lsp-agent-deep-"))
+    yield folder
+    subprocess.run(["rm", "-rf", "--", folder], check=True)
+
+
+def test_what_a_run_writes_is_private_and_removed(project, run, level, monkeypatch, elsewhere):
     """Also the output, which may hold secrets, and folders deeper than Python's recursion."""
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
     seen = []
 
     def look(*args, output, **options):
@@ -404,5 +413,5 @@ def test_what_a_run_writes_is_private_and_removed(project, run, level, monkeypat
     assert run(project({"test_a.py": nest}), level=level).green
     ((output, mode),) = seen
     assert mode == 0o700
-    assert output.is_relative_to(tmp_path / "temporary")
-    assert list((tmp_path / "temporary").iterdir()) == []
+    assert output.is_relative_to(elsewhere)
+    assert list(elsewhere.iterdir()) == []

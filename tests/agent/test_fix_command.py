@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from lsp_agent.agent.request import FixResult
 from lsp_agent.cli import app
 from lsp_agent.errors import UserError
+from lsp_agent.workspace.changes import FileChange
 
 BUGGY = "def area(width, height):\n    return width + height\n"
 TEST = (
@@ -120,6 +122,16 @@ def test_json_of_a_path_that_is_no_folder(tmp_path: Path) -> None:
     shown = json.loads(result.stdout)
     assert shown["status"] == "error" and "is not a folder" in shown["message"]
     assert isinstance(result.exception, UserError) and result.exception.exit_code == 2
+
+
+def test_a_change_of_a_test_is_not_applied_even_if_the_agent_hands_one_out(
+    shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change = FileChange("test_shapes.py", TEST.encode(), b"")
+    monkeypatch.setattr("lsp_agent.agent.fix.fix", lambda *_: FixResult("green", changes=(change,)))
+    result = run(shapes, "--json")
+    assert isinstance(result.exception, UserError) and "belongs to the tests" in str(result.exception)
+    assert (shapes / "test_shapes.py").read_text() == TEST
 
 
 def test_json_of_an_error(shapes: Path) -> None:

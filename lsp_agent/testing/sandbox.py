@@ -158,7 +158,7 @@ class Sandbox:
         yield from self._filter_files(outer, private)
         empty = run_dir / "empty"
         empty.touch()
-        yield from self._hide_repository(private, empty)
+        yield from self._hide_repository(private, _shown(outer, private), empty)
         yield from ("--bind", str(tree), str(self.root))
         for path in self.environments(needs):
             yield from ("--ro-bind", str(path), str(path))
@@ -178,8 +178,7 @@ class Sandbox:
                 if Path(secret).is_file():
                     yield from ("--ro-bind", "/dev/null", secret)
         yield from ("--dir", str(home)) if any(home.is_relative_to(p) for p in private) else ()
-        hidden = [path for path in needed if any(path.is_relative_to(folder) for folder in private)]
-        shown = _without_nested([path for path in hidden if may_be_seen(path, home, private)])
+        shown = _shown(needed, private)
         for path in shown:
             yield from ("--ro-bind", str(path), str(path))
         for folder in _existing([paths.state_dir(), paths.cache_dir()]):
@@ -193,8 +192,11 @@ class Sandbox:
         marks = ("pyvenv.cfg", "conda-meta")
         return _without_nested([path for path in inside if any((path / mark).exists() for mark in marks)])
 
-    def _hide_repository(self, private: Sequence[Path], empty: Path) -> Iterator[str]:
-        """Hide the history of the workspace's repository and of those around it: a fix could be dug out of it."""
+    def _hide_repository(self, private: Sequence[Path], shown: Sequence[Path], empty: Path) -> Iterator[str]:
+        """Hide the history of the workspace's repository and of those around it: a fix could be dug out of it.
+
+        What lies in a `private` folder is hidden already, unless it is `shown` again.
+        """
         places: list[Path] = []
         for folder in (self.root, *self.root.parents):
             git = folder / ".git"
@@ -203,7 +205,8 @@ class Sandbox:
             if folder != self.root and git.exists():  # the root's own is the scratch tree's
                 places.append(Path(os.path.realpath(git)))
         for place in _without_nested(places):
-            if not any(place.is_relative_to(p) for p in (*private, self.root)):
+            hidden = any(place.is_relative_to(p) for p in private) and not any(place.is_relative_to(p) for p in shown)
+            if not hidden and not place.is_relative_to(self.root):
                 yield from _hide(place, place, empty)
 
 
@@ -219,6 +222,12 @@ def _repositories(git: Path) -> Iterator[Path]:
                 yield real
     except (OSError, ValueError):
         return
+
+
+def _shown(needed: Sequence[Path], private: Sequence[Path]) -> list[Path]:
+    """What of `needed` lies in a `private` folder and may be bound back."""
+    hidden = [path for path in needed if any(path.is_relative_to(folder) for folder in private)]
+    return _without_nested([path for path in hidden if may_be_seen(path, home_folder(), private)])
 
 
 def _private() -> list[Path]:

@@ -55,6 +55,9 @@ def main() -> None:
     try:
         code = app.main(standalone_mode=False)
     except UserError as error:
+        if _interrupted(error):
+            click.echo("lsp-agent: cancelled.", err=True)
+            sys.exit(ExitCode.CANCELLED)
         click.echo(f"lsp-agent: {error}", err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
@@ -64,3 +67,13 @@ def main() -> None:
         click.echo("lsp-agent: cancelled.", err=True)
         sys.exit(ExitCode.CANCELLED)
     sys.exit(code if isinstance(code, int) else ExitCode.OK)
+
+
+def _interrupted(error: BaseException) -> bool:
+    """Whether `error` arose while a Ctrl-C was on its way: libraries' clean-up can fail then and hide it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, KeyboardInterrupt):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

@@ -185,7 +185,7 @@ def test_ctrl_c_keeps_what_was_fetched_and_says_cancelled(tiny: Manifest, hub: H
     wait_for(lambda: partial.exists() and partial.stat().st_size > 30_000)
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=20)[1]
-    assert process.returncode == ExitCode.CANCELLED
+    assert process.returncode == ExitCode.CANCELLED, errors
     assert "Traceback" not in errors
     assert "cancelled" in errors
     assert partial.stat().st_size > 30_000

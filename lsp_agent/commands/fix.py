@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lsp_agent.cancel import CancelToken
+from lsp_agent.commands.text import printable
 from lsp_agent.errors import Cancelled, ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def summary(result: FixResult, applied: str | None = None) -> dict[str, Any]:
         "broken": list(result.broken),
         "flaky": list(result.flaky),
         "other_failing": list(result.other_failing),
-        "diff": _clean(result.diff),
+        "diff": printable(result.diff),
         "turns": result.turns,
         "tokens": {
             "prompt": usage.prompt_tokens,
@@ -223,7 +224,7 @@ def _show(result: FixResult, applied: str | None, *, dry_run: bool) -> None:
         _list("Flaky", result.flaky)
         return
     if result.best:
-        _diff(_clean(result.diff))
+        _diff(printable(result.diff))
     if result.status == "green":
         _list("Failed before, pass now", result.fixed)
     else:
@@ -246,7 +247,7 @@ def _list(title: str, names: tuple[str, ...]) -> None:
     if names:
         click.echo(f"{title}:")
         for name in names[:NAMES_SHOWN]:
-            click.echo(f"  {_clean(name)}")
+            click.echo(f"  {printable(name)}")
         if len(names) > NAMES_SHOWN:
             click.echo(f"  and {len(names) - NAMES_SHOWN} more")
 
@@ -259,8 +260,3 @@ def _diff(text: str) -> None:
         Console().print(Syntax(text, "diff", background_color="default"))
     else:
         click.echo(text, nl=not text.endswith("\n"))
-
-
-def _clean(text: str) -> str:
-    """Text that any terminal and JSON reader can take: bytes that are not UTF-8 are shown escaped."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

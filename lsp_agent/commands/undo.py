@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from lsp_agent.commands.text import printable
 from lsp_agent.errors import ExitCode, UserError
 from lsp_agent.workspace.changes import FileChange, unified_diff
 from lsp_agent.workspace.checkpoints import Checkpoints, UndoResult, find_root
@@ -97,7 +98,7 @@ def _described(changes: Iterable[FileChange]) -> list[dict[str, str]]:
 
 def _clean(texts: Iterable[str]) -> list[str]:
     """Texts that any terminal and JSON reader can take: bytes that are not UTF-8 are shown escaped."""
-    return [text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for text in texts]
+    return [printable(text) for text in texts]
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    from lsp_agent.engine.importing import import_checkpoint
+    from lsp_agent.engine.checkpoints.importing import import_checkpoint
     from lsp_agent.engine.package import Package
     from lsp_agent.engine.tokens import Tokenizer
 

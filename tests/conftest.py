@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lsp_agent.engine import store
 from lsp_agent.errors import UserError
+from lsp_agent.models import store
 
 SMALL_MODEL = "qwen2.5-coder-0.5b"
 

@@ -12,7 +12,7 @@ from lsp_agent.chat_model import ChatModel, Usage
 from lsp_agent.workspace.changes import FileChange, unified_diff
 
 OpenModel = Callable[[str | None, CancelToken], ChatModel]
-"""Opens a model by name (None: the default); `lsp_agent.engine.open_model` is one. `fix` closes what it opened."""
+"""Opens a model by name (None: the default); `lsp_agent.models.open_model` is one. `fix` closes what it opened."""
 
 Status = Literal["green", "nothing_failing", "flaky", "not_green"]
 """`green`: every target passes and nothing else got worse, proven on the tree that `changes` gives; `nothing_failing`:

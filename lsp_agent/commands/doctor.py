@@ -16,9 +16,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from lsp_agent import __version__, paths
-from lsp_agent.engine import machine, select, store
+from lsp_agent import __version__, machine, paths
 from lsp_agent.errors import ExitCode
+from lsp_agent.models import select, store
 from lsp_agent.testing.sandbox import probe
 
 

@@ -78,7 +78,7 @@ def humanevalfix(
     problems: list[BaseException] = []
 
     def work() -> None:
-        from lsp_agent.engine import open_model
+        from lsp_agent.models import open_model
 
         try:
             opened = open_model(model, cancel)
@@ -120,8 +120,8 @@ def humanevalfix(
 
 def _model_name(model: str | None) -> str:
     """The name that rows made with this choice of a model carry."""
-    from lsp_agent.engine import SCRIPTED
-    from lsp_agent.engine.store import resolve
+    from lsp_agent.models import SCRIPTED
+    from lsp_agent.models.store import resolve
 
     return model if model and model.startswith(SCRIPTED) else resolve(model).name
 

@@ -59,7 +59,7 @@ def fix(
     from lsp_agent.agent.fix import fix as run_fix
     from lsp_agent.agent.request import FixRequest, Limits
     from lsp_agent.config import load_settings
-    from lsp_agent.engine import open_model
+    from lsp_agent.models import open_model
     from lsp_agent.testing.integrity import ProtectedFiles
     from lsp_agent.testing.pytest_runner import PytestRunner
     from lsp_agent.testing.sandbox import Sandbox

@@ -84,7 +84,7 @@ def generate(
 def _package(name: str | None) -> Path:
     if name is not None and (Path(name) / "config.json").is_file():
         return Path(name)
-    from lsp_agent.engine import store
+    from lsp_agent.models import store
 
     return Path(store.resolve(name).path)
 

@@ -12,15 +12,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lsp_agent.engine import install, machine, select, store
-from lsp_agent.engine.manifest import InstalledModel, Manifest, shipped, unknown_name
+from lsp_agent import machine
 from lsp_agent.errors import ExitCode, UserError
+from lsp_agent.models import install, select, store
+from lsp_agent.models.manifest import InstalledModel, Manifest, shipped, unknown_name
 
 PLAIN_STEPS = 4
 
 
 class ConsoleProgress:
-    """Implements `lsp_agent.engine.download.Progress`: bars on a terminal, plain lines elsewhere."""
+    """Implements `lsp_agent.models.download.Progress`: bars on a terminal, plain lines elsewhere."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)

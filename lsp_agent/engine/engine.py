@@ -12,13 +12,13 @@ from lsp_agent.chat_model import Message, Sampling, TokenScore
 from lsp_agent.engine.architecture import ModelConfig
 from lsp_agent.engine.generation import Generation
 from lsp_agent.engine.graph import Accuracy
-from lsp_agent.engine.machine import default_threads
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.sampling import log_softmax
 from lsp_agent.engine.session import Decoder
 from lsp_agent.engine.state import PrefixCache
 from lsp_agent.engine.tokens import Tokenizer
 from lsp_agent.errors import PromptTooLong
+from lsp_agent.machine import default_threads
 
 SCORE_CHUNK = 64
 """Positions scored at a time: each has logits over the whole vocabulary."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lsp_agent import engine
+from lsp_agent import models
 from lsp_agent.borrowed import Borrowed
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import ChatModel
@@ -57,7 +57,7 @@ class Models:
         self._problems: dict[str | None, tuple[float, str | None]] = {}
 
     def open(self, name: str | None, cancel: CancelToken | None = None) -> ChatModel:
-        """Lend the model until it is closed, opening it if need be. Raises as `engine.open_model`."""
+        """Lend the model until it is closed, opening it if need be. Raises as `models.open_model`."""
         while not self._opening.acquire(timeout=_POLL_S):
             if cancel is not None:
                 cancel.raise_if_cancelled()
@@ -73,7 +73,7 @@ class Models:
                 idle = self._take_idle(keep=None)
             _close(idle)  # first, so that two models need not fit into memory where one does
             if entry is None:
-                entry = _Open(name, engine.open_model(name, cancel), borrowers=1)
+                entry = _Open(name, models.open_model(name, cancel), borrowers=1)
                 with self._lock:
                     if self._closed:
                         entry.model.close()
@@ -106,9 +106,9 @@ class Models:
     def check(self, name: str | None) -> str | None:
         """Find out whether the model can be opened; returns why not."""
         sentence = None
-        if name is None or not name.startswith(engine.SCRIPTED):
+        if name is None or not name.startswith(models.SCRIPTED):
             try:
-                from lsp_agent.engine.store import resolve
+                from lsp_agent.models.store import resolve
 
                 resolve(name)
             except UserError as error:

@@ -15,8 +15,8 @@ from test_fix_safety import RIGHT
 from lsp_agent.agent.prompts import CUT, fitting
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import TokenScore
-from lsp_agent.engine import client
-from lsp_agent.engine.server import EngineServer
+from lsp_agent.engine.service import client
+from lsp_agent.engine.service.server import EngineServer
 from lsp_agent.errors import PromptTooLong, UserError
 
 TOO_LONG = PromptTooLong("The prompt has 9000 tokens and the context holds 8192; shorten the prompt.")

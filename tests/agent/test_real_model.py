@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lsp_agent.engine.store import InstalledModel
+from lsp_agent.models.store import InstalledModel
 
 pytestmark = pytest.mark.model
 

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent / "golden"))
 from tiny_checkpoint import MIXED, Type, write_checkpoint
 from tiny_hf import random_weights, write_hf_checkpoint
 
+from lsp_agent.engine.checkpoints.importing import import_checkpoint
 from lsp_agent.engine.engine import Engine
-from lsp_agent.engine.importing import import_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -20,9 +20,10 @@ import pytest
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
-from lsp_agent.engine import client, open_model, store
-from lsp_agent.engine.client import EngineModel
+from lsp_agent.engine.service import client
+from lsp_agent.engine.service.client import EngineModel
 from lsp_agent.errors import Cancelled, UserError
+from lsp_agent.models import open_model, store
 
 pytestmark = pytest.mark.model
 
@@ -174,7 +175,7 @@ def test_the_engine_ends_with_its_parent_even_by_kill_9(small_model: store.Insta
     program = textwrap.dedent(
         f"""
         import time
-        from lsp_agent.engine import open_model
+        from lsp_agent.models import open_model
         process = open_model({small_model.name!r}).process
         print(process.pid, process.socket.parent, flush=True)
         time.sleep(60)

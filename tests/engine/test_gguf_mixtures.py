@@ -12,9 +12,9 @@ from test_golden_hf import PROMPT, read
 from test_quantised_graphs import dequantised
 from tiny_checkpoint import MERGES, vocabulary
 
-from lsp_agent.engine.checkpoint import open_checkpoint
+from lsp_agent.engine.checkpoints.checkpoint import open_checkpoint
+from lsp_agent.engine.checkpoints.importing import import_checkpoint
 from lsp_agent.engine.engine import Engine
-from lsp_agent.engine.importing import import_checkpoint
 from lsp_agent.engine.package import Package
 
 NAMES = ["qwen3", "qwen2-moe", "qwen3-moe", "qwen3-next"]

@@ -10,9 +10,9 @@ from ml_dtypes import bfloat16, float8_e4m3fn
 from test_golden_hf import GOLDEN, PROMPT, read
 from tiny_hf import random_weights, write_hf_checkpoint, write_safetensors
 
-from lsp_agent.engine.checkpoint import open_checkpoint
+from lsp_agent.engine.checkpoints.checkpoint import open_checkpoint
+from lsp_agent.engine.checkpoints.importing import import_checkpoint
 from lsp_agent.engine.engine import Engine
-from lsp_agent.engine.importing import import_checkpoint
 from lsp_agent.engine.package import Package
 from lsp_agent.errors import UserError
 

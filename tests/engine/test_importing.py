@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tiny_checkpoint import MIXED, Type, write_checkpoint
 
+from lsp_agent.engine.checkpoints.importing import import_checkpoint
 from lsp_agent.engine.engine import Engine
-from lsp_agent.engine.importing import import_checkpoint
 from lsp_agent.engine.package import Package
 from lsp_agent.errors import UserError
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_golden_hf import GOLDEN, PROMPT, read
 
+from lsp_agent.engine.checkpoints.importing import import_checkpoint
 from lsp_agent.engine.engine import Engine
-from lsp_agent.engine.importing import import_checkpoint
 from lsp_agent.engine.package import WEIGHTS, Experts, Linear, LinearPart, Package, WeightsWriter, write_index
 from lsp_agent.engine.quantisation import quantise_4bit
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from lsp_agent import engine
 from lsp_agent.cancel import CancelToken
 from lsp_agent.errors import Cancelled, UserError
 from lsp_agent.lsp.models import Models
@@ -35,7 +34,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[FakeModel]:
         models.append(FakeModel(name))
         return models[-1]
 
-    monkeypatch.setattr(engine, "open_model", open_model)
+    monkeypatch.setattr("lsp_agent.models.open_model", open_model)
     return models
 
 
@@ -87,7 +86,7 @@ def test_waiting_for_another_folders_model_to_load_can_be_stopped(monkeypatch: p
         loaded.wait(10)
         return FakeModel(name)
 
-    monkeypatch.setattr(engine, "open_model", open_model)
+    monkeypatch.setattr("lsp_agent.models.open_model", open_model)
     models = Models()
     thread = threading.Thread(target=models.open, args=("a",))
     thread.start()

@@ -46,7 +46,7 @@ def test_the_server_is_up_quickly_and_stays_light(project: Path) -> None:
 def test_nothing_heavy_is_imported_by_anything_the_server_runs() -> None:
     code = (
         "import sys, lsp_agent.lsp.server, lsp_agent.lsp.opening, lsp_agent.lsp.fix_job, lsp_agent.lsp.undo_job,"
-        "lsp_agent.config, lsp_agent.engine.store, lsp_agent.engine.client, lsp_agent.workspace.watcher;"
+        "lsp_agent.config, lsp_agent.models.store, lsp_agent.engine.service.client, lsp_agent.workspace.watcher;"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

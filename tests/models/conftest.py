@@ -13,7 +13,7 @@ import pytest
 from gguf import GGUFWriter
 from tiny_model import CONTENT, COUNT, PART, Hub, Log, tiny_manifest, write_manifest, write_wheel
 
-from lsp_agent.engine.manifest import QWEN_FIM, Manifest
+from lsp_agent.models.manifest import QWEN_FIM, Manifest
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Which model is the default and why: `lsp_agent.engine.select`, `lsp-agent doctor` and `lsp-agent model`."""
+"""Which model is the default and why: `lsp_agent.models.select`, `lsp-agent doctor` and `lsp-agent model`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import pytest
 from click.testing import CliRunner, Result
 from tiny_model import Hub, tiny_manifest
 
+from lsp_agent import machine
 from lsp_agent.cli import app
 from lsp_agent.commands import doctor
-from lsp_agent.engine import install, machine, select, store
-from lsp_agent.engine.manifest import InstalledModel, find
 from lsp_agent.errors import ExitCode, UserError
+from lsp_agent.models import install, select, store
+from lsp_agent.models.manifest import InstalledModel, find
 
 GB = 1_000_000_000
 

@@ -1,4 +1,4 @@
-"""`lsp_agent.engine.download`: the hub, the mirror, damage and resumption."""
+"""`lsp_agent.models.download`: the hub, the mirror, damage and resumption."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tiny_model import CONTENT, PART, Hub, Log, tiny_manifest, write_wheel
 
-from lsp_agent.engine import download
-from lsp_agent.engine.manifest import Manifest
 from lsp_agent.errors import UserError
+from lsp_agent.models import download
+from lsp_agent.models.manifest import Manifest
 
 
 @pytest.fixture

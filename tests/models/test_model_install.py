@@ -1,4 +1,4 @@
-"""`lsp_agent.engine.install`: whole or not at all, next to other processes, after kills."""
+"""`lsp_agent.models.install`: whole or not at all, next to other processes, after kills."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tiny_model import CONTENT, PART, Hub, Log, tiny_manifest, write_manifest, w
 from lsp_agent import paths
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
-from lsp_agent.engine import install, store
-from lsp_agent.engine.manifest import Manifest
 from lsp_agent.errors import ExitCode, UserError
+from lsp_agent.models import install, store
+from lsp_agent.models.manifest import Manifest
 
 # Another process that pulls the tiny model with an importer as slow as its argument says.
 PULL = textwrap.dedent(
@@ -29,7 +29,7 @@ PULL = textwrap.dedent(
     import sys, time
     sys.path.insert(0, sys.argv[1])
     from tiny_model import Log
-    from lsp_agent.engine import install
+    from lsp_agent.models import install
 
     def importer(source, package, *, on_progress):
         package.mkdir()

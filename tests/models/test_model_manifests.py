@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from tiny_model import tiny_manifest, write_manifest
 
-from lsp_agent.engine import manifest
-from lsp_agent.engine.manifest import Manifest
 from lsp_agent.errors import UserError
+from lsp_agent.models import manifest
+from lsp_agent.models.manifest import Manifest
 
 REPOSITORY = Path(manifest.__file__).parents[2]
 SHIPPED = ["qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", "qwen3-coder-30b-a3b", "qwen3-coder-next"]
@@ -110,7 +110,7 @@ def test_the_wheel_carries_the_manifests(tmp_path: Path, monkeypatch: pytest.Mon
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    code = "from lsp_agent.engine import manifest as m; print(m.__file__, *(x.name for x in m.shipped()))"
+    code = "from lsp_agent.models import manifest as m; print(m.__file__, *(x.name for x in m.shipped()))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -119,6 +119,6 @@ def test_the_wheel_carries_the_manifests(tmp_path: Path, monkeypatch: pytest.Mon
         capture_output=True,
         text=True,
     )
-    assert done.stdout.split() == [str(tmp_path / "site" / "lsp_agent" / "engine" / "manifest.py"), *SHIPPED]
+    assert done.stdout.split() == [str(tmp_path / "site" / "lsp_agent" / "models" / "manifest.py"), *SHIPPED]
     installed = tmp_path / "site" / "lsp_agent" / "manifests"
     assert tomllib.loads((installed / "qwen2.5-coder-1.5b.toml").read_text("utf-8"))["name"] == "qwen2.5-coder-1.5b"

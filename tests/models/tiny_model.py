@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quants
 
-from lsp_agent.engine.manifest import QWEN_FIM, Manifest
+from lsp_agent.models.manifest import QWEN_FIM, Manifest
 
 PART = 100_000
 COUNT = 3

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tiny_hf import write_tokenizer
 
 from lsp_agent.engine.architectures import ARCHITECTURES
-from lsp_agent.engine.importing import import_checkpoint
+from lsp_agent.engine.checkpoints.importing import import_checkpoint
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.session import Decoder
 from lsp_agent.engine.state import State

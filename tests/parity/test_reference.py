@@ -15,8 +15,8 @@ from prompts import CHATS, GAPS, PLAIN
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
+from lsp_agent.engine.checkpoints.importing import import_checkpoint
 from lsp_agent.engine.engine import Engine
-from lsp_agent.engine.importing import import_checkpoint
 
 pytestmark = [pytest.mark.parity, pytest.mark.timeout(7200)]
 TOKENS = 64

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from lsp_agent import paths
-from lsp_agent.engine import machine, select
-from lsp_agent.engine.manifest import InstalledModel, Manifest, shipped, unknown_name
+from lsp_agent import machine, paths
 from lsp_agent.errors import ExitCode, UserError
+from lsp_agent.models import select
+from lsp_agent.models.manifest import InstalledModel, Manifest, shipped, unknown_name
 
 MANIFEST_FILE = "manifest.json"
 SOURCE_FILE = "source.gguf"

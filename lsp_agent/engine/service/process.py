@@ -1,4 +1,4 @@
-"""The engine's own process: started by `lsp_agent.engine.client`, it ends with its parent.
+"""The engine's own process: started by `lsp_agent.engine.service.client`, it ends with its parent.
 
 The parent holds our standard input open; its end, also by kill -9, closes the pipe and we leave. One JSON line on
 standard output says `{"ready": true}` or `{"error": sentence}`.
@@ -35,7 +35,7 @@ def main() -> None:
     threading.Thread(target=_leave_with_parent, args=(Path(arguments.socket).parent,), daemon=True).start()
     try:
         from lsp_agent.engine.engine import Engine
-        from lsp_agent.engine.server import EngineServer
+        from lsp_agent.engine.service.server import EngineServer
 
         engine = Engine.load(arguments.package, threads=arguments.threads, context=arguments.context)
     except UserError as error:
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 async def _serve(server: object, listener: socket.socket, idle_seconds: float) -> None:
-    from lsp_agent.engine.server import EngineServer
+    from lsp_agent.engine.service.server import EngineServer
 
     assert isinstance(server, EngineServer)
     http = uvicorn.Server(uvicorn.Config(server.app, log_level="warning", access_log=False, lifespan="off"))

@@ -67,8 +67,8 @@ def nbytes(tensor: CheckpointTensor) -> int:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a GGUF file or a Hugging Face folder; raises `UserError` for anything else and for damaged files."""
-    from lsp_agent.engine.gguf_file import GgufFile
-    from lsp_agent.engine.hf_checkpoint import HfCheckpoint
+    from lsp_agent.engine.checkpoints.gguf_file import GgufFile
+    from lsp_agent.engine.checkpoints.hf_checkpoint import HfCheckpoint
 
     if path.is_dir():
         return HfCheckpoint(path)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lsp_agent.engine import quantisation
 from lsp_agent.engine.architecture import WeightSpec
-from lsp_agent.engine.checkpoint import Checkpoint, CheckpointTensor
+from lsp_agent.engine.checkpoints.checkpoint import Checkpoint, CheckpointTensor
 from lsp_agent.errors import UserError
 
 MOST_NAMED = 5

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from lsp_agent.chat_model import Tier
-from lsp_agent.engine.manifest import InstalledModel, Manifest, shipped
+from lsp_agent.models.manifest import InstalledModel, Manifest, shipped
 
 
 @dataclass(frozen=True)

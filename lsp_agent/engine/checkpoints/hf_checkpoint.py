@@ -17,11 +17,11 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import quants
 
-from lsp_agent.engine import tokenizer_import
 from lsp_agent.engine.architecture import ModelConfig
 from lsp_agent.engine.architectures import ARCHITECTURES, architecture
 from lsp_agent.engine.architectures.config import hf_config
-from lsp_agent.engine.safetensors_file import FLOAT8, SafeTensor, read_safetensors
+from lsp_agent.engine.checkpoints import tokenizer_import
+from lsp_agent.engine.checkpoints.safetensors_file import FLOAT8, SafeTensor, read_safetensors
 from lsp_agent.errors import UserError
 
 NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}

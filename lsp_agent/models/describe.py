@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from lsp_agent.chat_model import Tier
-from lsp_agent.engine.manifest import QWEN_FIM, Chat, FillInTheMiddle, Manifest, SamplingDefaults
 from lsp_agent.errors import UserError
+from lsp_agent.models.manifest import QWEN_FIM, Chat, FillInTheMiddle, Manifest, SamplingDefaults
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

@@ -17,23 +17,23 @@ from typing import Protocol
 from filelock import FileLock, Timeout
 
 from lsp_agent import paths
-from lsp_agent.engine import describe, store
-from lsp_agent.engine.download import Progress, fetch, partial_path, sha256_of, target_path, wheels_dir
-from lsp_agent.engine.manifest import NAME_PATTERN, InstalledModel, Manifest, find, shipped, unknown_name
 from lsp_agent.errors import ExitCode, UserError
+from lsp_agent.models import describe, store
+from lsp_agent.models.download import Progress, fetch, partial_path, sha256_of, target_path, wheels_dir
+from lsp_agent.models.manifest import NAME_PATTERN, InstalledModel, Manifest, find, shipped, unknown_name
 
 DISK_MARGIN_BYTES = 256_000_000
 
 
 class Importer(Protocol):
-    """`lsp_agent.engine.importing.import_checkpoint`: a GGUF file in, a package folder out, or `UserError`."""
+    """`engine.checkpoints.importing.import_checkpoint`: a GGUF file in, a package folder out, or `UserError`."""
 
     def __call__(self, source: Path, package: Path, *, on_progress: Callable[[int, int], None]) -> object:
         """Write the package folder, which does not exist before, in one step."""
 
 
 def _importer() -> Importer:
-    from lsp_agent.engine.importing import import_checkpoint
+    from lsp_agent.engine.checkpoints.importing import import_checkpoint
 
     return import_checkpoint
 

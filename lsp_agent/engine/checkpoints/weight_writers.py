@@ -10,7 +10,7 @@ from gguf import quants
 
 from lsp_agent.engine import quantisation
 from lsp_agent.engine.architecture import WeightSpec
-from lsp_agent.engine.checkpoint import CheckpointTensor, nbytes
+from lsp_agent.engine.checkpoints.checkpoint import CheckpointTensor, nbytes
 from lsp_agent.engine.package import (
     CORRECTION_BLOCK,
     Experts,

@@ -41,7 +41,7 @@ class EngineProcess:
         self.socket = self._folder / "engine.sock"
         # -P and a folder of our own: the user's current folder holds other people's code, and its `queue.py` or
         # `numpy/` must not be imported instead of the real one.
-        command = [sys.executable, "-P", "-m", "lsp_agent.engine.process", "--name", name, "--package"]
+        command = [sys.executable, "-P", "-m", "lsp_agent.engine.service.process", "--name", name, "--package"]
         command += [str(package.absolute())]
         command += ["--socket", str(self.socket), "--idle-seconds", str(IDLE_SECONDS)]
         for option, value in (("--threads", threads), ("--context", context)):

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lsp_agent.engine.architectures import architecture
-from lsp_agent.engine.checkpoint import open_checkpoint
+from lsp_agent.engine.checkpoints.checkpoint import open_checkpoint
+from lsp_agent.engine.checkpoints.matching import match_tensors
+from lsp_agent.engine.checkpoints.weight_writers import TensorReport, WeightImporter
 from lsp_agent.engine.decoder import decoder_weights
-from lsp_agent.engine.matching import match_tensors
 from lsp_agent.engine.package import WEIGHTS, WeightsWriter, write_index
 from lsp_agent.engine.quantisation import SCHEMES, SchemeName
-from lsp_agent.engine.weight_writers import TensorReport, WeightImporter
 from lsp_agent.errors import UserError
 
 Progress = Callable[[int, int], None]

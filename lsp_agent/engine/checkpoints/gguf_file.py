@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 
-from lsp_agent.engine import tokenizer_import
 from lsp_agent.engine.architecture import ModelConfig
 from lsp_agent.engine.architectures import architecture
 from lsp_agent.engine.architectures.config import gguf_config
+from lsp_agent.engine.checkpoints import tokenizer_import
 from lsp_agent.errors import UserError
 
 MAGIC = b"GGUF"

@@ -1,0 +1,1 @@
+"""Checkpoints in: GGUF files and Hugging Face folders become model packages."""

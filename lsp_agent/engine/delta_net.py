@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from lsp_agent.engine.architecture import LinearAttentionConfig, ModelConfig, WeightSpec
 from lsp_agent.engine.graph import CONTRIB, GraphBuilder
-
-L2_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -55,62 +50,19 @@ class GatedDeltaNet:
             activation="silu",
             channels_last=1,
         )
-        query, key, value = graph.split(convolved, [key_width, key_width, value_width])
-        query = graph.reshape(_unit_length(graph, query, linear), [0, 0, key_width])
-        decay, beta = self._gates(graph, linear, prefix, x)
-        past, present = graph.recurrent_state(
-            f"{prefix}.delta", (linear.value_heads, linear.key_size, linear.value_size)
-        )
-        attended = graph.op(
-            "LinearAttention",
-            [query, self._keys(graph, key, linear), value, past, decay, beta],
-            domain=CONTRIB,
-            more_outputs=(present,),
-            q_num_heads=linear.key_heads,
-            kv_num_heads=linear.value_heads,
-            update_rule="gated_delta",
-        )
-        norm = graph.vector(f"{prefix}.ssm_norm")
-        epsilon = config.rms_epsilon
-        gated = graph.op("GatedRMSNorm", [attended, norm, z], domain=CONTRIB, activation="silu", epsilon=epsilon)
-        return graph.linear(gated, f"{prefix}.ssm_out")
-
-    @staticmethod
-    def _keys(graph: GraphBuilder, key: str, linear: LinearAttentionConfig) -> str:
-        """Unit keys, repeated for each value head: LinearAttention shares queries between heads, but not keys."""
-        served = linear.value_heads // linear.key_heads
-        unit = _unit_length(graph, key, linear)
-        if served > 1:
-            unit = graph.reshape(unit, [0, 0, linear.key_heads, 1, linear.key_size])
-            unit = graph.op("Expand", [unit, graph.integers([1, 1, 1, served, 1])])
-        return graph.reshape(unit, [0, 0, linear.value_heads * linear.key_size])
-
-    @staticmethod
-    def _gates(graph: GraphBuilder, linear: LinearAttentionConfig, prefix: str, x: str) -> tuple[str, str]:
-        """Log decay and update rate [batch, length, value heads]."""
         served = linear.value_heads // linear.key_heads
         by_key_head = graph.reshape(graph.linear(x, f"{prefix}.ssm_ba"), [0, 0, linear.key_heads, 2 * served])
         rate, step = (
             graph.reshape(part, [0, 0, linear.value_heads]) for part in graph.split(by_key_head, [served, served])
         )
-        beta = f"{prefix}.beta"
-        dt, scale = graph.vector(f"{prefix}.ssm_dt"), graph.vector(f"{prefix}.ssm_a")
-        decay = graph.op("LinearAttentionGate", [step, dt, scale, rate], domain=CONTRIB, more_outputs=(beta,))
-        return decay, beta
+        attended = graph.delta_rule(linear, prefix, convolved, step, rate)
+        norm = graph.vector(f"{prefix}.ssm_norm")
+        epsilon = config.rms_epsilon
+        gated = graph.op("GatedRMSNorm", [attended, norm, z], domain=CONTRIB, activation="silu", epsilon=epsilon)
+        return graph.linear(gated, f"{prefix}.ssm_out")
 
 
 def _sizes(config: ModelConfig) -> tuple[LinearAttentionConfig, int, int]:
     linear = config.linear_attention
     assert linear is not None
     return linear, linear.key_heads * linear.key_size, linear.value_heads * linear.value_size
-
-
-def _unit_length(graph: GraphBuilder, x: str, linear: LinearAttentionConfig) -> str:
-    """`x / sqrt(sum(x^2) + 1e-6)` over each key head, [batch, length, key heads, key size].
-
-    An RMS norm with weights 1 / sqrt(size) and an epsilon divided by the size is the same; LpNormalization has none.
-    """
-    size = linear.key_size
-    weights = graph.constant(f"unit_{size}", np.full(size, 1 / math.sqrt(size), np.float32))
-    heads = graph.reshape(x, [0, 0, linear.key_heads, size])
-    return graph.op("SimplifiedLayerNormalization", [heads, weights], axis=-1, epsilon=L2_EPSILON / size)

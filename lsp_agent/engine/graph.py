@@ -1,16 +1,19 @@
-"""Builds the ONNX graph of a decoder at load time; quantised weights stay in the package's file, which ORT maps."""
+"""The decoder as an ONNX graph over a package's weights: what the execution providers have in common.
+
+`CpuGraph` and `CudaGraph` add what differs between their kernels; the layers know only this class.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from lsp_agent.engine.architecture import ModelConfig
-from lsp_agent.engine.package import CORRECTION_BLOCK, WEIGHTS, Experts, Extent, Linear, LinearPart, Package
-from lsp_agent.engine.quantisation import BlockFormat
+from lsp_agent.engine.architecture import LinearAttentionConfig, ModelConfig
+from lsp_agent.engine.package import WEIGHTS, Experts, Extent, Linear, LinearPart, Package
 from lsp_agent.engine.rotary import rotary_tables
 from lsp_agent.engine.state import StateSpec
 
@@ -19,24 +22,24 @@ OPSET = 21
 IR_VERSION = 10
 
 Accuracy = Literal["exact", "fast"]
-"""exact: fp32 arithmetic throughout. fast: activations are rounded to int8 per block inside `MatMulNBits`."""
+"""exact: fp32 arithmetic throughout (CPU only). fast: the provider's fastest kernels for the package's codes."""
 
-_ONNX_TYPES = {"uint8": TensorProto.UINT8, "float32": TensorProto.FLOAT}
+_ONNX_TYPES = {"uint8": TensorProto.UINT8, "float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
 
 
-class GraphBuilder:
-    """Appends nodes; every `x` is the name of a value.
+class GraphBuilder(ABC):
+    """Appends nodes; every `x` is the name of a value. Activations have the type `element`.
 
-    `embeddings` [batch, length, hidden] fp32, `lengths` [batch] int32 (index of each sequence's last token after this
+    `embeddings` [batch, length, hidden], `lengths` [batch] int32 (index of each sequence's last token after this
     run), `total_length` [1] int32 (largest length after this run) and `rows` [n] int64 (which of the batch * length
     positions get logits) are the graph's inputs besides the states.
     """
 
     embeddings, lengths, total_length, rows = "embeddings", "lengths", "total_length", "rows"
+    element: Literal["float32", "float16"] = "float32"
 
-    def __init__(self, package: Package, accuracy: Accuracy, context: int) -> None:
+    def __init__(self, package: Package, context: int) -> None:
         self._package = package
-        self._accuracy = accuracy
         self._context = context
         self._nodes: list[NodeProto] = []
         self._initialisers: dict[str, TensorProto] = {}
@@ -47,11 +50,46 @@ class GraphBuilder:
         self.states: list[StateSpec] = []
         hidden = package.config.hidden
         self._inputs = [
-            helper.make_tensor_value_info(self.embeddings, TensorProto.FLOAT, ["batch", "length", hidden]),
+            helper.make_tensor_value_info(self.embeddings, _ONNX_TYPES[self.element], ["batch", "length", hidden]),
             helper.make_tensor_value_info(self.lengths, TensorProto.INT32, ["batch"]),
             helper.make_tensor_value_info(self.total_length, TensorProto.INT32, [1]),
             helper.make_tensor_value_info(self.rows, TensorProto.INT64, ["rows"]),
         ]
+
+    # What the providers do differently.
+
+    @abstractmethod
+    def attention(self, config: ModelConfig, prefix: str, qkv: list[str], normalised: bool) -> str:
+        """Causal grouped-query attention over the cache `prefix`, [batch, length, heads * head size].
+
+        `qkv`: query, key and value [batch, length, heads * head size] or all packed into the first. `normalised`:
+        each head of q and k gets an RMS norm of its own before it is rotated.
+        """
+
+    @abstractmethod
+    def delta_rule(self, linear: LinearAttentionConfig, prefix: str, qkv: str, step: str, rate: str) -> str:
+        """The gated delta rule over the state `prefix`, [batch, length, value heads * value size].
+
+        `qkv` [batch, length, channels] after the convolution; `step` and `rate` [batch, length, value heads], as
+        projected: the decay is `exp(a * softplus(step + dt))`, the update rate `sigmoid(rate)`.
+        """
+
+    @abstractmethod
+    def experts(self, x: str, logits: str, gate_up: str, down: str, used: int, normalise: bool) -> str:
+        """SwiGLU experts: of each token of `x` [batch, length, hidden] the `used` best by `logits` [tokens, experts].
+
+        Their results are weighted by the softmax of `logits`, over the experts used if `normalise`, else over all.
+        """
+
+    @abstractmethod
+    def _dense(self, x: str, name: str, part: LinearPart) -> str:
+        """`x` times the transpose of an unquantised part."""
+
+    @abstractmethod
+    def _quantised(self, x: str, name: str, columns: int, part: LinearPart) -> str:
+        """`x` times the transpose of a quantised part, corrections included."""
+
+    # What they share.
 
     def op(
         self, kind: str, inputs: list[str], domain: str = "", more_outputs: tuple[str, ...] = (), **attributes: Any
@@ -73,7 +111,8 @@ class GraphBuilder:
         others = tuple(f"Split_{self._count + 1}_{index}" for index in range(1, len(widths)))
         return [self.op("Split", [x, self.integers(widths)], more_outputs=others, axis=-1), *others]
 
-    def _external(self, name: str, extent: Extent, shape: tuple[int, ...] | None = None) -> str:
+    def external(self, name: str, extent: Extent, shape: tuple[int, ...] | None = None) -> str:
+        """A constant that is mapped from the package as it lies there."""
         tensor = TensorProto(name=name, data_type=_ONNX_TYPES[extent.dtype], dims=shape or extent.shape)
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", WEIGHTS), ("offset", extent.offset), ("length", extent.nbytes)):
@@ -101,103 +140,32 @@ class GraphBuilder:
         """A constant int64 vector."""
         return self.constant("i64_" + "_".join(map(str, values)), np.array(values, np.int64))
 
-    def vector(self, name: str) -> str:
-        """A weight of kind `vector`."""
+    def values(self, name: str) -> np.ndarray:
+        """A weight of kind `vector`, fp32."""
         extent = self._package.weights[name]
         assert isinstance(extent, Extent)
-        return self.constant(name, self._package.array(extent))
+        return self._package.array(extent)
+
+    def vector(self, name: str) -> str:
+        """A weight of kind `vector` as a constant of the activations' type."""
+        return self.constant(name, self.values(name).astype(self.element, copy=False))
 
     def linear(self, x: str, name: str) -> str:
         """`x` [..., columns] times the transpose of the weight `name`; parts of different formats are concatenated."""
         weight = self._package.weights[name]
         assert isinstance(weight, Linear)
-        outputs = [self._part(x, f"{name}.{i}", weight.columns, part) for i, part in enumerate(weight.parts)]
+        outputs = []
+        for index, part in enumerate(weight.parts):
+            known = f"{name}.{index}"
+            dense = part.format is None
+            outputs.append(self._dense(x, known, part) if dense else self._quantised(x, known, weight.columns, part))
         return outputs[0] if len(outputs) == 1 else self.op("Concat", outputs, axis=-1)
 
-    def _part(self, x: str, name: str, columns: int, part: LinearPart) -> str:
-        if part.format is None:
-            assert part.values is not None
-            return self.op("MatMul", [x, self._external(name, part.values)])
-        if self._accuracy == "exact" and part.format.bits == 8:
-            # The CPU provider has no fast fp32 kernel for 8-bit codes (fifty times slower than this).
-            dense = self._package.blocks(part).dequantise()
-            return self.op("MatMul", [x, self.constant(name, dense.T)])
-        product = self._matmul_nbits(x, name, part, "", columns, part.format)
-        if part.corrections is None:
-            return product
-        sums = self._block_sum(x, columns, part.format.block)
-        if self._accuracy == "fast" and part.correction_codes is not None:
-            form = BlockFormat(8, CORRECTION_BLOCK, False)
-            correction = self._matmul_nbits(sums, name, part, "correction_", columns // part.format.block, form)
-        else:
-            corrections = self._external(f"{name}.corrections", part.corrections)
-            correction = self.op("FusedMatMul", [sums, corrections], domain=CONTRIB, transB=1)
-        return self.op("Add", [product, correction])
-
-    def _matmul_nbits(self, x: str, name: str, part: LinearPart, prefix: str, columns: int, form: BlockFormat) -> str:
-        extents = part.extents()
-        fields = [f"{prefix}{field}" for field in ("codes", "scales", "zero_points")]
-        return self.op(
-            "MatMulNBits",
-            [x, *(self._external(f"{name}.{field}", extents[field]) for field in fields if field in extents)],
-            domain=CONTRIB,
-            K=columns,
-            N=part.rows,
-            bits=form.bits,
-            block_size=form.block,
-            accuracy_level=0 if self._accuracy == "exact" else 4,
-        )
-
-    def experts(self, x: str, logits: str, gate_up: str, down: str, used: int, normalise: bool) -> str:
-        """SwiGLU experts: of each token of `x` [batch, length, hidden] the `used` best by `logits` [tokens, experts].
-
-        Their results are weighted by the softmax of `logits`, over the experts used if `normalise`, else over all.
-        """
-        first, second = self._package.weights[gate_up], self._package.weights[down]
-        assert isinstance(first, Experts) and isinstance(second, Experts)
-        routing: dict[str, Any] = {"k": used, "normalize_routing_weights": int(normalise), "domain": CONTRIB}
-        # Gate and up are interleaved (the CPU kernel knows no other order); alpha 1 and beta 0 make it plain SwiGLU.
-        activation: dict[str, Any] = {
-            "activation_type": "swiglu",
-            "swiglu_fusion": 1,
-            "activation_alpha": 1.0,
-            "activation_beta": 0.0,
-        }
-        one, two = first.part.format, second.part.format
-        if one is None or two is None or (self._accuracy == "exact" and 8 in (one.bits, two.bits)):
-            # QMoE rounds activations to int8 whenever weights have 8 bits.
-            dense = [self._dense_experts(gate_up, first), "", self._dense_experts(down, second)]
-            mixed = self.op("MoE", [x, logits, *dense], **routing, **activation)
-            # The CPU kernel lets the planner put its output where its input is, and then spoils what it still reads.
-            # A later reader of `x` keeps its buffer from being given away.
-            return self.op("Where", [self.constant("true", np.array([True])), mixed, x])
-        # Left to itself, the CPU kernel normalises in either case, so the softmax over all experts comes from here.
-        weights = [] if normalise else [*[""] * 7, self.op("Softmax", [logits], axis=-1)]
-        return self.op(
-            "QMoE",
-            [x, logits, *self._quantised_experts(gate_up, first), "", *self._quantised_experts(down, second), *weights],
-            expert_weight_bits=one.bits,
-            block_size=one.block,
-            accuracy_level=0 if self._accuracy == "exact" else 4,
-            **routing,
-            **activation,
-        )
-
-    def _dense_experts(self, name: str, experts: Experts) -> str:
-        part, shape = experts.part, (experts.count, experts.part.rows // experts.count, experts.columns)
-        if part.values is not None:
-            return self._external(name, part.values, shape)
-        return self.constant(name, self._package.blocks(part).dequantise().reshape(shape))
-
-    def _quantised_experts(self, name: str, experts: Experts) -> list[str]:
-        part, rows = experts.part, experts.part.rows // experts.count
-        assert part.format is not None and part.codes is not None and part.scales is not None
-        row_bytes = experts.columns * part.format.bits // 8
-        blocks = experts.columns // part.format.block
-        return [
-            self._external(f"{name}.codes", part.codes, (experts.count, rows, row_bytes)),
-            self._external(f"{name}.scales", part.scales, (experts.count, rows, blocks)),
-        ]
+    def expert_weights(self, name: str) -> Experts:
+        """A weight of kind `experts`."""
+        weight = self._package.weights[name]
+        assert isinstance(weight, Experts)
+        return weight
 
     def _block_sum(self, x: str, columns: int, block: int) -> str:
         """Sums of `x` over blocks of columns, computed once for all linears that read the same `x`."""
@@ -217,34 +185,29 @@ class GraphBuilder:
         normed = self.op("SkipSimplifiedLayerNormalization", inputs, CONTRIB, outputs, epsilon=epsilon)
         return normed, total
 
-    def head_norm(self, x: str, name: str, heads: int, config: ModelConfig) -> str:
-        """An RMS norm over each head of `x` [batch, length, heads * head size]."""
-        by_head = self.reshape(x, [0, 0, heads, config.head_size])
-        scale = self.vector(name)
-        normed = self.op("SimplifiedLayerNormalization", [by_head, scale], axis=-1, epsilon=config.rms_epsilon)
-        return self.reshape(normed, [0, 0, heads * config.head_size])
-
     def kv_state(self, name: str, config: ModelConfig) -> tuple[str, str]:
         """A key or value cache [batch, kv heads, capacity, head size]: names of its past input and present output."""
-        spec = StateSpec(f"past.{name}", f"present.{name}", (config.kv_heads, config.head_size), growing=True)
+        shape = (config.kv_heads, config.head_size)
+        spec = StateSpec(f"past.{name}", f"present.{name}", shape, growing=True, dtype=self.element)
         return self._state(spec, ["batch", config.kv_heads, "capacity", config.head_size])
 
-    def recurrent_state(self, name: str, shape: tuple[int, ...]) -> tuple[str, str]:
+    def recurrent_state(self, name: str, shape: tuple[int, ...], dtype: str | None = None) -> tuple[str, str]:
         """A state [batch, *shape] that every run replaces: names of its past input and present output."""
-        return self._state(StateSpec(f"past.{name}", f"present.{name}", shape, growing=False), ["batch", *shape])
+        spec = StateSpec(f"past.{name}", f"present.{name}", shape, growing=False, dtype=dtype or self.element)
+        return self._state(spec, ["batch", *shape])
 
     def _state(self, spec: StateSpec, shape: list[str | int]) -> tuple[str, str]:
-        self._inputs.append(helper.make_tensor_value_info(spec.past, TensorProto.FLOAT, shape))
-        self._outputs.append(helper.make_tensor_value_info(spec.present, TensorProto.FLOAT, shape))
+        kind = _ONNX_TYPES[spec.dtype]
+        self._inputs.append(helper.make_tensor_value_info(spec.past, kind, shape))
+        self._outputs.append(helper.make_tensor_value_info(spec.present, kind, shape))
         self.states.append(spec)
         return spec.past, spec.present
 
     def rotary_tables(self, config: ModelConfig) -> tuple[str, str]:
         """Cosines and sines [context, rotary size / 2] of the rotary embedding."""
         if "rotary.cos" not in self._initialisers:
-            cos, sin = rotary_tables(config, self._context)
-            self.constant("rotary.cos", cos)
-            self.constant("rotary.sin", sin)
+            for name, table in zip(("cos", "sin"), rotary_tables(config, self._context), strict=True):
+                self.constant(f"rotary.{name}", table.astype(self.element, copy=False))
         return "rotary.cos", "rotary.sin"
 
     def select_rows(self, x: str, hidden: int) -> str:
@@ -255,7 +218,7 @@ class GraphBuilder:
     def logits(self, x: str, vocabulary: int) -> None:
         """Make `x` the output `logits` [1, rows, vocabulary]."""
         self._nodes.append(helper.make_node("Identity", [x], ["logits"]))
-        info = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, "rows", vocabulary])
+        info = helper.make_tensor_value_info("logits", _ONNX_TYPES[self.element], [1, "rows", vocabulary])
         self._outputs.insert(0, info)
 
     def model(self) -> ModelProto:

@@ -52,21 +52,10 @@ class Attention:
         packed = graph.linear(x, f"{prefix}.attn_qkv")
         if self.bias:
             packed = graph.op("Add", [packed, graph.vector(f"{prefix}.attn_qkv_bias")])
-        inputs, gate = [packed, "", ""], None
+        qkv, gate = [packed], None
         if self.qk_norm or self.gate:
-            inputs, gate = self._unpack(graph, config, prefix, packed)
-        past_key, key = graph.kv_state(f"{prefix}.key", config)
-        past_value, value = graph.kv_state(f"{prefix}.value", config)
-        cos, sin = graph.rotary_tables(config)
-        attended = graph.op(
-            "GroupQueryAttention",
-            [*inputs, past_key, past_value, graph.lengths, graph.total_length, cos, sin],
-            domain=CONTRIB,
-            more_outputs=(key, value),
-            num_heads=config.heads,
-            kv_num_heads=config.kv_heads,
-            do_rotary=1,
-        )
+            qkv, gate = self._unpack(graph, config, packed)
+        attended = graph.attention(config, prefix, qkv, normalised=self.qk_norm)
         if gate is not None:
             attended = graph.op("Mul", [attended, graph.op("Sigmoid", [gate])])
         output = graph.linear(attended, f"{prefix}.attn_output")
@@ -74,10 +63,8 @@ class Attention:
             output = graph.op("Add", [output, graph.vector(f"{prefix}.attn_output_bias")])
         return output
 
-    def _unpack(
-        self, graph: GraphBuilder, config: ModelConfig, prefix: str, packed: str
-    ) -> tuple[list[str], str | None]:
-        """Query, key and value [batch, length, heads * head size], q and k normalised, and the gate if there is one."""
+    def _unpack(self, graph: GraphBuilder, config: ModelConfig, packed: str) -> tuple[list[str], str | None]:
+        """Query, key and value [batch, length, heads * head size], and the gate if there is one."""
         query_width, kv = self._widths(config)
         query, key, value = graph.split(packed, [query_width, kv, kv])
         gate = None
@@ -86,10 +73,6 @@ class Attention:
             heads = graph.reshape(query, [0, 0, config.heads, 2 * config.head_size])
             query, gate = graph.split(heads, [config.head_size, config.head_size])
             query, gate = graph.reshape(query, [0, 0, width]), graph.reshape(gate, [0, 0, width])
-        if self.qk_norm:
-            # On the CPU, GroupQueryAttention refuses its own q and k norms, so they are separate nodes.
-            query = graph.head_norm(query, f"{prefix}.attn_q_norm", config.heads, config)
-            key = graph.head_norm(key, f"{prefix}.attn_k_norm", config.kv_heads, config)
         return [query, key, value], gate
 
 

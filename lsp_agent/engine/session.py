@@ -10,9 +10,10 @@ import onnxruntime as ort
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.engine.architectures import architecture
+from lsp_agent.engine.cpu_graph import CpuGraph
 from lsp_agent.engine.decoder import EMBEDDING, build_decoder
 from lsp_agent.engine.embedding import Embedding
-from lsp_agent.engine.graph import Accuracy, GraphBuilder
+from lsp_agent.engine.graph import Accuracy
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.state import State
 from lsp_agent.errors import Cancelled, UserError
@@ -26,7 +27,7 @@ class Decoder:
     def __init__(self, package: Package, threads: int, context: int, accuracy: Accuracy) -> None:
         self.config = package.config
         self._embed = Embedding(package, EMBEDDING)
-        graph = GraphBuilder(package, accuracy, context)
+        graph = CpuGraph(package, context, accuracy)
         build_decoder(architecture(self.config.architecture), self.config, graph)
         self.states = graph.states
         self._shared_memory = graph.in_memory  # the session reads it without owning it

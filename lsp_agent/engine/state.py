@@ -22,13 +22,14 @@ class StateSpec:
     """One state of the graph, its input `past` and its output `present`.
 
     `growing`: keys or values, [batch, heads, capacity, head size] of the `shape` (heads, head size). Otherwise the
-    array is [batch, *shape].
+    array is [batch, *shape]. `dtype` is numpy's name of the elements' type.
     """
 
     past: str
     present: str
     shape: tuple[int, ...]
     growing: bool
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,176 @@
+"""The graph for ONNX Runtime's CPU provider: fp32 activations, int8 inside the kernels of the fast graph."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from lsp_agent.engine.architecture import LinearAttentionConfig, ModelConfig
+from lsp_agent.engine.graph import CONTRIB, Accuracy, GraphBuilder
+from lsp_agent.engine.package import CORRECTION_BLOCK, Experts, LinearPart, Package
+from lsp_agent.engine.quantisation import BlockFormat
+
+L2_EPSILON = 1e-6
+SWIGLU: dict[str, Any] = {
+    # Gate and up are interleaved (the CPU kernel knows no other order); alpha 1 and beta 0 make it plain SwiGLU.
+    "activation_type": "swiglu",
+    "swiglu_fusion": 1,
+    "activation_alpha": 1.0,
+    "activation_beta": 0.0,
+}
+
+
+class CpuGraph(GraphBuilder):
+    """Exact graphs compute in fp32; fast ones round activations to int8 per block inside `MatMulNBits` and `QMoE`."""
+
+    def __init__(self, package: Package, context: int, accuracy: Accuracy) -> None:
+        super().__init__(package, context)
+        self._accuracy = accuracy
+
+    @property
+    def _level(self) -> int:
+        """`accuracy_level` of the quantised kernels."""
+        return 0 if self._accuracy == "exact" else 4
+
+    def attention(self, config: ModelConfig, prefix: str, qkv: list[str], normalised: bool) -> str:
+        """See `GraphBuilder.attention`."""
+        if normalised:
+            # On the CPU, GroupQueryAttention refuses its own q and k norms, so they are separate nodes.
+            query, key, value = qkv
+            query = self._head_norm(query, f"{prefix}.attn_q_norm", config.heads, config)
+            qkv = [query, self._head_norm(key, f"{prefix}.attn_k_norm", config.kv_heads, config), value]
+        past_key, present_key = self.kv_state(f"{prefix}.key", config)
+        past_value, present_value = self.kv_state(f"{prefix}.value", config)
+        inputs = [*qkv, *[""] * (3 - len(qkv)), past_key, past_value, self.lengths, self.total_length]
+        return self.op(
+            "GroupQueryAttention",
+            [*inputs, *self.rotary_tables(config)],
+            domain=CONTRIB,
+            more_outputs=(present_key, present_value),
+            num_heads=config.heads,
+            kv_num_heads=config.kv_heads,
+            do_rotary=1,
+        )
+
+    def _head_norm(self, x: str, name: str, heads: int, config: ModelConfig) -> str:
+        """An RMS norm over each head of `x` [batch, length, heads * head size]."""
+        by_head = self.reshape(x, [0, 0, heads, config.head_size])
+        scale = self.vector(name)
+        normed = self.op("SimplifiedLayerNormalization", [by_head, scale], axis=-1, epsilon=config.rms_epsilon)
+        return self.reshape(normed, [0, 0, heads * config.head_size])
+
+    def delta_rule(self, linear: LinearAttentionConfig, prefix: str, qkv: str, step: str, rate: str) -> str:
+        """See `GraphBuilder.delta_rule`."""
+        key_width = linear.key_heads * linear.key_size
+        query, key, value = self.split(qkv, [key_width, key_width, linear.value_heads * linear.value_size])
+        query = self.reshape(self._unit_length(query, linear), [0, 0, key_width])
+        # LinearAttention shares queries between heads, but not keys: they are repeated for each value head.
+        served = linear.value_heads // linear.key_heads
+        key = self._unit_length(key, linear)
+        if served > 1:
+            key = self.reshape(key, [0, 0, linear.key_heads, 1, linear.key_size])
+            key = self.op("Expand", [key, self.integers([1, 1, 1, served, 1])])
+        key = self.reshape(key, [0, 0, linear.value_heads * linear.key_size])
+        beta = f"{prefix}.beta"
+        gates = [step, self.vector(f"{prefix}.ssm_dt"), self.vector(f"{prefix}.ssm_a"), rate]
+        decay = self.op("LinearAttentionGate", gates, domain=CONTRIB, more_outputs=(beta,))
+        shape = (linear.value_heads, linear.key_size, linear.value_size)
+        past, present = self.recurrent_state(f"{prefix}.delta", shape)
+        return self.op(
+            "LinearAttention",
+            [query, key, value, past, decay, beta],
+            domain=CONTRIB,
+            more_outputs=(present,),
+            q_num_heads=linear.key_heads,
+            kv_num_heads=linear.value_heads,
+            update_rule="gated_delta",
+        )
+
+    def _unit_length(self, x: str, linear: LinearAttentionConfig) -> str:
+        """`x / sqrt(sum(x^2) + 1e-6)` over each key head, [batch, length, key heads, key size].
+
+        An RMS norm with weights 1 / sqrt(size) and an epsilon divided by the size is the same; LpNormalization has
+        none.
+        """
+        size = linear.key_size
+        weights = self.constant(f"unit_{size}", np.full(size, 1 / math.sqrt(size), np.float32))
+        heads = self.reshape(x, [0, 0, linear.key_heads, size])
+        return self.op("SimplifiedLayerNormalization", [heads, weights], axis=-1, epsilon=L2_EPSILON / size)
+
+    def _dense(self, x: str, name: str, part: LinearPart) -> str:
+        assert part.values is not None
+        return self.op("MatMul", [x, self.external(name, part.values)])
+
+    def _quantised(self, x: str, name: str, columns: int, part: LinearPart) -> str:
+        assert part.format is not None
+        if self._accuracy == "exact" and part.format.bits == 8:
+            # The CPU provider has no fast fp32 kernel for 8-bit codes (fifty times slower than this).
+            dense = self._package.blocks(part).dequantise()
+            return self.op("MatMul", [x, self.constant(name, dense.T)])
+        product = self._matmul_nbits(x, name, part, "", columns, part.format)
+        if part.corrections is None:
+            return product
+        sums = self._block_sum(x, columns, part.format.block)
+        if self._accuracy == "fast" and part.correction_codes is not None:
+            form = BlockFormat(8, CORRECTION_BLOCK, False)
+            correction = self._matmul_nbits(sums, name, part, "correction_", columns // part.format.block, form)
+        else:
+            corrections = self.external(f"{name}.corrections", part.corrections)
+            correction = self.op("FusedMatMul", [sums, corrections], domain=CONTRIB, transB=1)
+        return self.op("Add", [product, correction])
+
+    def _matmul_nbits(self, x: str, name: str, part: LinearPart, prefix: str, columns: int, form: BlockFormat) -> str:
+        extents = part.extents()
+        fields = [f"{prefix}{field}" for field in ("codes", "scales", "zero_points")]
+        return self.op(
+            "MatMulNBits",
+            [x, *(self.external(f"{name}.{field}", extents[field]) for field in fields if field in extents)],
+            domain=CONTRIB,
+            K=columns,
+            N=part.rows,
+            bits=form.bits,
+            block_size=form.block,
+            accuracy_level=self._level,
+        )
+
+    def experts(self, x: str, logits: str, gate_up: str, down: str, used: int, normalise: bool) -> str:
+        """See `GraphBuilder.experts`."""
+        first, second = self.expert_weights(gate_up), self.expert_weights(down)
+        routing: dict[str, Any] = {"k": used, "normalize_routing_weights": int(normalise), "domain": CONTRIB}
+        one, two = first.part.format, second.part.format
+        if one is None or two is None or (self._accuracy == "exact" and 8 in (one.bits, two.bits)):
+            # QMoE rounds activations to int8 whenever weights have 8 bits.
+            dense = [self._dense_experts(gate_up, first), "", self._dense_experts(down, second)]
+            mixed = self.op("MoE", [x, logits, *dense], **routing, **SWIGLU)
+            # The CPU kernel lets the planner put its output where its input is, and then spoils what it still reads.
+            # A later reader of `x` keeps its buffer from being given away.
+            return self.op("Where", [self.constant("true", np.array([True])), mixed, x])
+        # Left to itself, the CPU kernel normalises in either case, so the softmax over all experts comes from here.
+        weights = [] if normalise else [*[""] * 7, self.op("Softmax", [logits], axis=-1)]
+        return self.op(
+            "QMoE",
+            [x, logits, *self._quantised_experts(gate_up, first), "", *self._quantised_experts(down, second), *weights],
+            expert_weight_bits=one.bits,
+            block_size=one.block,
+            accuracy_level=self._level,
+            **routing,
+            **SWIGLU,
+        )
+
+    def _dense_experts(self, name: str, experts: Experts) -> str:
+        part, shape = experts.part, (experts.count, experts.part.rows // experts.count, experts.columns)
+        if part.values is not None:
+            return self.external(name, part.values, shape)
+        return self.constant(name, self._package.blocks(part).dequantise().reshape(shape))
+
+    def _quantised_experts(self, name: str, experts: Experts) -> list[str]:
+        part, rows = experts.part, experts.part.rows // experts.count
+        assert part.format is not None and part.codes is not None and part.scales is not None
+        row_bytes = experts.columns * part.format.bits // 8
+        blocks = experts.columns // part.format.block
+        return [
+            self.external(f"{name}.codes", part.codes, (experts.count, rows, row_bytes)),
+            self.external(f"{name}.scales", part.scales, (experts.count, rows, blocks)),
+        ]

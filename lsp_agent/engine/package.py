@@ -110,11 +110,16 @@ class WeightsWriter:
         """Write `rows` at index `start` of the first dimension."""
         row_bytes = extent.nbytes // extent.shape[0]
         self._file.seek(extent.offset + start * row_bytes)
-        self._file.write(np.ascontiguousarray(rows, extent.dtype).tobytes())
+        self._file.write(np.ascontiguousarray(rows, extent.dtype).data)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file with all that was reserved: whole pages."""
+        return -(-self._end // PAGE) * PAGE
 
     def finish(self) -> None:
         """Pad the file to a whole page."""
-        self._file.truncate(-(-self._end // PAGE) * PAGE)
+        self._file.truncate(self.size)
 
 
 def _encode(weight: Weight) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def test_the_report_says_what_rounding_costs(hf_folder, tmp_path, scheme, bits, 
     by_name = {tensor.name: tensor for tensor in report.tensors}
     experts, head, router, norm = (
         by_name[name]
-        for name in ("blk.0.ffn_up_exps.weight", "output.weight", "blk.0.ffn_gate_inp.weight", "output_norm")
+        for name in ("blk.0.ffn_up_exps.weight", "output.weight", "blk.0.ffn_gate_inp.weight", "output_norm.weight")
     )
     assert (experts.bits, experts.block) == (bits, 32) and 0.001 < experts.relative_rms_error < most
     assert head.bits == router.bits == 8 and head.relative_rms_error < 0.01  # sensitive: never 4 bits

@@ -53,7 +53,8 @@ def import_checkpoint(
         with (folder / WEIGHTS).open("wb") as handle:
             writer = WeightsWriter(handle)
             importer = WeightImporter(writer, SCHEMES[scheme], matched, progress.add)
-            weights = {spec.name: importer.write(spec, tensors) for spec, tensors in matched}
+            reserved = [(spec, tensors, importer.reserve(spec, tensors)) for spec, tensors in matched]
+            weights = {spec.name: importer.fill(spec, tensors, weight) for spec, tensors, weight in reserved}
             writer.finish()
         about = {"source": {"file": source.name, "sha256": digest}, "scheme": scheme, "tokens": tokens}
         write_index(folder, config, about, weights)
@@ -69,7 +70,8 @@ def import_checkpoint(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     progress.finish()
-    return ImportReport(digest, size, tuple(importer.reports))
+    reports = [report for spec, tensors in matched for report in importer.reports(spec, tensors)]
+    return ImportReport(digest, size, tuple(reports))
 
 
 class _Meter:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from gguf import quants
@@ -22,28 +25,44 @@ from lsp_agent.engine.package import (
     WeightsWriter,
 )
 from lsp_agent.engine.quantisation import BlockFormat, Scheme
+from lsp_agent.machine import usable_cores
 
-CHUNK_VALUES = 1 << 22
-"""Values converted at a time: bounds the memory of an import to some hundred megabytes."""
+CHUNK_VALUES = 1 << 20
+"""Values that a thread converts at a time, some 40 MB with what comes of them; smaller is not faster."""
+MOST_THREADS = 16
+MOST_DENSE_VALUES = 1 << 26
+"""Values of a dense matrix that are turned at a time."""
+COMPARED_ROWS = 64
+"""Rows of each tensor whose error is measured."""
 
 Tensors = Sequence[CheckpointTensor]
 
 
 @dataclass(frozen=True)
 class TensorReport:
-    """How one tensor is carried; the errors compare with the checkpoint's own (dequantised) values."""
+    """How one tensor of `weight` is carried.
 
+    Errors compare with the checkpoint's own (dequantised) values, in rows spread over the tensor; `rms` is the root
+    mean square of these. `values` counts the whole tensor's.
+    """
+
+    weight: str
     name: str
+    values: int
     source_type: str
     bits: int
     block: int
     exact: bool
+    rms: float
     relative_rms_error: float
     max_error: float
 
 
 class WeightImporter:
-    """Writes weights with `writer`; `reports` grows by one a tensor, `progress(bytes)` is told of source bytes."""
+    """Writes weights with `writer`: `reserve` every one, then `fill` them; `progress(bytes)` counts source bytes.
+
+    What is reserved does not depend on any value, so the layout is known before anything is read.
+    """
 
     def __init__(
         self,
@@ -53,69 +72,75 @@ class WeightImporter:
         progress: Callable[[int], None],
     ) -> None:
         self._writer, self._scheme, self._progress = writer, scheme, progress
+        self._threads = min(usable_cores(), MOST_THREADS)
         self._experts_of_block: dict[str, list[CheckpointTensor]] = {}
         for spec, tensors in matched:
             if spec.kind == "experts":
                 self._experts_of_block.setdefault(_block_of(spec), []).extend(tensors)
-        self.reports: list[TensorReport] = []
 
-    def write(self, spec: WeightSpec, tensors: Tensors) -> Weight:
-        """Write one weight and say where it lies."""
+    def reserve(self, spec: WeightSpec, tensors: Tensors) -> Weight:
+        """Set aside room for one weight."""
         if spec.kind == "vector":
-            return self._vector(spec, tensors)
+            return self._writer.reserve(spec.shape, "float32")
         if spec.kind == "rows":
-            return self._rows(spec, tensors[0])
+            table = tensors[0]
+            per_block, block_bytes = quants.GGML_QUANT_SIZES[table.type]
+            blocks = self._writer.reserve((table.rows, table.columns // per_block * block_bytes), "uint8")
+            return Rows(table.type.name, blocks)
         if spec.kind == "experts":
-            return self._experts(spec, tensors)
-        return self._linear(spec, tensors)
+            count, rows, columns = spec.shape
+            form = self._experts_format(spec)
+            if form is None:
+                dense = self._writer.reserve((count * rows, columns), "float32")
+                return Experts(count, columns, LinearPart(count * rows, None, values=dense))
+            return Experts(count, columns, self._reserve_part(count * rows, columns, form))
+        columns = tensors[0].columns
+        parts = [self._reserve_part(sum(t.rows for t in of), columns, form) for form, of in self._groups(spec, tensors)]
+        return Linear(columns, tuple(parts))
 
-    def _exact(self, name: str, tensor: CheckpointTensor, bits: int = 32, block: int = 1) -> None:
-        self.reports.append(TensorReport(name, tensor.type.name, bits, block, True, 0.0, 0.0))
+    def fill(self, spec: WeightSpec, tensors: Tensors, weight: Weight) -> Weight:
+        """Write one weight where `reserve` said; returns it as the index should name it."""
+        if isinstance(weight, Extent):
+            self._writer.write_rows(weight, 0, _vector(spec, tensors))
+            self._progress(sum(nbytes(t) for t in tensors))
+        elif isinstance(weight, Rows):
+            for start, stop in _chunks(tensors[0].rows, tensors[0].columns):
+                raw = tensors[0].read(start, stop)
+                self._writer.write_rows(weight.blocks, start, raw)
+                self._progress(raw.nbytes)
+        elif isinstance(weight, Experts):
+            self._fill_experts(tensors, weight)
+        else:
+            groups = self._groups(spec, tensors)
+            parts = [self._fill_part(of, part) for (_, of), part in zip(groups, weight.parts, strict=True)]
+            return replace(weight, parts=tuple(parts))
+        return weight
 
-    def _vector(self, spec: WeightSpec, tensors: Tensors) -> Extent:
-        values = np.concatenate([_values(t, 0, t.rows).reshape(-1) for t in tensors])
-        extent = self._writer.reserve(spec.shape, "float32")
-        self._writer.write_rows(extent, 0, values)
-        self._progress(sum(nbytes(t) for t in tensors))
-        self._exact(spec.name, tensors[0])
-        return extent
+    def reports(self, spec: WeightSpec, tensors: Tensors) -> list[TensorReport]:
+        """How exactly each tensor of a weight is, or would be, carried."""
+        if spec.kind == "linear":
+            return [_compare(spec.name, t, form) for form, of in self._groups(spec, tensors) for t in of]
+        form = self._experts_format(spec) if spec.kind == "experts" else None
+        return [_compare(spec.name, tensor, form, as_it_is=spec.kind == "rows") for tensor in tensors]
 
-    def _rows(self, spec: WeightSpec, tensor: CheckpointTensor) -> Rows:
-        per_block, block_bytes = quants.GGML_QUANT_SIZES[tensor.type]
-        extent = self._writer.reserve((tensor.rows, tensor.columns // per_block * block_bytes), "uint8")
-        for start, stop in _chunks(tensor.rows, tensor.columns):
-            raw = tensor.read(start, stop)
-            self._writer.write_rows(extent, start, raw)
-            self._progress(raw.nbytes)
-        self._exact(spec.name, tensor, block_bytes * 8 // per_block, per_block)
-        return Rows(tensor.type.name, extent)
+    def _experts_format(self, spec: WeightSpec) -> BlockFormat | None:
+        alike = self._experts_of_block[_block_of(spec)]
+        return self._scheme.experts_format({t.type for t in alike}, {t.columns for t in alike})
 
-    def _linear(self, spec: WeightSpec, tensors: Tensors) -> Linear:
+    def _groups(self, spec: WeightSpec, tensors: Tensors) -> list[tuple[BlockFormat | None, list[CheckpointTensor]]]:
+        """Matrices of one format become one `MatMulNBits`, whatever their types (Q5_0 and Q8_0 are alike)."""
         groups: list[tuple[BlockFormat | None, list[CheckpointTensor]]] = []
         for tensor in tensors:
-            # Matrices of one format become one `MatMulNBits`, whatever their types (Q5_0 and Q8_0 are alike).
             form = self._scheme.format_of(tensor.type, tensor.columns, sensitive=spec.sensitive)
             if groups and groups[-1][0] == form:
                 groups[-1][1].append(tensor)
             else:
                 groups.append((form, [tensor]))
-        parts = [self._dense(group) if form is None else self._part(group, form) for form, group in groups]
-        return Linear(tensors[0].columns, tuple(parts))
+        return groups
 
-    def _part(self, tensors: Tensors, form: BlockFormat) -> LinearPart:
-        part = self._reserve(sum(t.rows for t in tensors), tensors[0].columns, form)
-        first, roundable = 0, True
-        for tensor in tensors:
-            for start, stop in _chunks(tensor.rows, tensor.columns):
-                arrays = _arrays(tensor, start, stop, form)
-                self._write_arrays(part, first + start, arrays)
-                roundable &= _roundable(arrays)
-                self._progress(nbytes(tensor) * (stop - start) // tensor.rows)
-            first += tensor.rows
-            self.reports.append(_compare(tensor, form))
-        return part if roundable else replace(part, correction_codes=None, correction_scales=None)
-
-    def _reserve(self, rows: int, columns: int, form: BlockFormat) -> LinearPart:
+    def _reserve_part(self, rows: int, columns: int, form: BlockFormat | None) -> LinearPart:
+        if form is None:
+            return LinearPart(rows, None, values=self._writer.reserve((columns, rows), "float32"))
         blocks = columns // form.block
         shapes = {
             "codes": ((rows, blocks, form.block * form.bits // 8), "uint8"),
@@ -129,41 +154,65 @@ class WeightImporter:
             shapes["correction_scales"] = (rows, groups), "float32"
         return LinearPart(rows, form, **{name: self._writer.reserve(*shape) for name, shape in shapes.items()})
 
+    def _fill_part(self, tensors: Tensors, part: LinearPart) -> LinearPart:
+        if part.format is None:
+            self._fill_dense(tensors, part)
+            return part
+        form, first, roundable = part.format, 0, True
+        for tensor in tensors:
+            pieces = _chunks(tensor.rows, tensor.columns)
+            for (start, stop), arrays in self._converted(pieces, partial(_arrays, tensor, form)):
+                self._write_arrays(part, first + start, arrays)
+                roundable &= _roundable(arrays)
+                self._progress(nbytes(tensor) * stop // tensor.rows - nbytes(tensor) * start // tensor.rows)
+            first += tensor.rows
+        return part if roundable else replace(part, correction_codes=None, correction_scales=None)
+
+    def _fill_dense(self, tensors: Tensors, part: LinearPart) -> None:
+        """Dense values are transposed, some columns at a time: the sources are read once for each such group."""
+        assert part.values is not None
+        columns = part.values.shape[0]
+        step = max(1, MOST_DENSE_VALUES // part.rows)
+        for left in range(0, columns, step):
+            right, first = min(left + step, columns), 0
+            turned = np.empty((right - left, part.rows), np.float32)
+            for tensor in tensors:
+                for start, stop in _chunks(tensor.rows, tensor.columns):
+                    turned[:, first + start : first + stop] = _values(tensor, start, stop)[:, left:right].T
+                first += tensor.rows
+            self._writer.write_rows(part.values, left, turned)
+            done = sum(nbytes(t) for t in tensors)
+            self._progress(done * right // columns - done * left // columns)
+
+    def _fill_experts(self, tensors: Tensors, weight: Experts) -> None:
+        rows, columns = tensors[0].rows, tensors[0].columns
+
+        def convert(start: int, stop: int) -> dict[str, np.ndarray]:
+            sources = [_arrays(t, weight.part.format, start, stop) for t in tensors]
+            return {name: _interleave([source[name] for source in sources]) for name in sources[0]}
+
+        total = sum(nbytes(t) for t in tensors)
+        for (start, stop), arrays in self._converted(_chunks(rows, columns * len(tensors)), convert):
+            self._write_arrays(weight.part, start * len(tensors), arrays)
+            self._progress(total * stop // rows - total * start // rows)
+
+    def _converted(
+        self, pieces: Iterable[tuple[int, int]], convert: Callable[[int, int], dict[str, np.ndarray]]
+    ) -> Iterator[tuple[tuple[int, int], dict[str, np.ndarray]]]:
+        """Convert pieces on all cores (NumPy releases the interpreter), in order and only a few ahead."""
+        with ThreadPoolExecutor(self._threads) as pool:
+            waiting: deque[tuple[tuple[int, int], Future[dict[str, np.ndarray]]]] = deque()
+            for piece in pieces:
+                waiting.append((piece, pool.submit(convert, *piece)))
+                if len(waiting) > self._threads:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            for first, future in waiting:
+                yield first, future.result()
+
     def _write_arrays(self, part: LinearPart, start: int, arrays: dict[str, np.ndarray]) -> None:
         for name, extent in part.extents().items():
             self._writer.write_rows(extent, start, arrays[name])
-
-    def _dense(self, tensors: Tensors) -> LinearPart:
-        values = np.concatenate([_values(t, 0, t.rows) for t in tensors])
-        extent = self._writer.reserve((values.shape[1], values.shape[0]), "float32")
-        self._writer.write_rows(extent, 0, values.T)
-        for tensor in tensors:
-            self._exact(tensor.name, tensor)
-            self._progress(nbytes(tensor))
-        return LinearPart(len(values), None, values=extent)
-
-    def _experts(self, spec: WeightSpec, tensors: Tensors) -> Experts:
-        count, rows, columns = spec.shape
-        alike = self._experts_of_block[_block_of(spec)]
-        form = self._scheme.experts_format({t.type for t in alike}, {t.columns for t in alike})
-        if form is None:
-            part = LinearPart(count * rows, None, values=self._writer.reserve((count * rows, columns), "float32"))
-        else:
-            part = self._reserve(count * rows, columns, form)
-        each = rows // len(tensors)  # rows of one expert in each source
-        step = max(1, CHUNK_VALUES // (rows * columns))
-        for first in range(0, count, step):
-            last = min(first + step, count)
-            sources = [_arrays(t, first * each, last * each, form) for t in tensors]
-            arrays = {name: _interleave([source[name] for source in sources]) for name in sources[0]}
-            self._write_arrays(part, first * rows, arrays)
-            self._progress(sum(nbytes(t) for t in tensors) * (last - first) // count)
-        for tensor in tensors:
-            if form is None:
-                self._exact(tensor.name, tensor)
-            else:
-                self.reports.append(_compare(tensor, form))
-        return Experts(count, columns, part)
 
 
 def _block_of(spec: WeightSpec) -> str:
@@ -198,7 +247,11 @@ def _carry(tensor: CheckpointTensor, start: int, stop: int, form: BlockFormat) -
     return quantisation.quantise(_values(tensor, start, stop), form)
 
 
-def _arrays(tensor: CheckpointTensor, start: int, stop: int, form: BlockFormat | None) -> dict[str, np.ndarray]:
+def _vector(spec: WeightSpec, tensors: Tensors) -> np.ndarray:
+    return np.concatenate([_values(t, 0, t.rows).reshape(-1) for t in tensors]).reshape(spec.shape)
+
+
+def _arrays(tensor: CheckpointTensor, form: BlockFormat | None, start: int, stop: int) -> dict[str, np.ndarray]:
     """Some rows as the arrays of a `LinearPart`, by field name."""
     if form is None:
         return {"values": _values(tensor, start, stop)}
@@ -217,13 +270,21 @@ def _roundable(arrays: dict[str, np.ndarray]) -> bool:
     return "corrections" not in arrays or bool((np.abs(arrays["corrections"]) <= np.abs(arrays["scales"])).all())
 
 
-def _compare(tensor: CheckpointTensor, form: BlockFormat) -> TensorReport:
-    """The error of a carried tensor, on rows spread over it: GGUF's formats are exact but for fp32 rounding."""
-    count = min(tensor.rows, 16)
+def _compare(
+    weight: str, tensor: CheckpointTensor, form: BlockFormat | None, *, as_it_is: bool = False
+) -> TensorReport:
+    """The error of a carried tensor: GGUF's formats are exact but for fp32 rounding."""
+    count = min(tensor.rows, COMPARED_ROWS)
     starts = np.unique(np.linspace(0, tensor.rows - 1, count).astype(int)).tolist()
     reference = np.concatenate([_values(tensor, start, start + 1) for start in starts])
+    rms = float(np.sqrt(np.mean(np.square(reference, dtype=np.float64))))
+    about = (weight, tensor.name, tensor.rows * tensor.columns, tensor.type.name)
+    if form is None:
+        per_block, block_bytes = quants.GGML_QUANT_SIZES[tensor.type] if as_it_is else (1, 4)
+        return TensorReport(*about, block_bytes * 8 // per_block, per_block, True, rms, 0.0, 0.0)
     carried = np.concatenate([_carry(tensor, start, start + 1, form).dequantise() for start in starts])
     error = carried - reference
     relative = float(np.linalg.norm(error) / max(float(np.linalg.norm(reference)), 1e-30))
-    largest = float(np.abs(error).max())
-    return TensorReport(tensor.name, tensor.type.name, form.bits, form.block, relative < 1e-6, relative, largest)
+    return TensorReport(
+        *about, form.bits, form.block, relative < 1e-6, rms, relative, float(np.abs(error).max(initial=0))
+    )

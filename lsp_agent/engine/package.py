@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from lsp_agent.engine.architecture import ModelConfig
-from lsp_agent.engine.quantisation import BlockFormat, Blocks, unpack_zero_points
+from lsp_agent.engine.blocks import BlockFormat, Blocks, unpack_zero_points
 from lsp_agent.errors import UserError
 
 FORMAT_VERSION = 1
@@ -122,7 +122,8 @@ class WeightsWriter:
         self._file.truncate(self.size)
 
 
-def _encode(weight: Weight) -> dict[str, Any]:
+def encode_weight(weight: Weight) -> dict[str, Any]:
+    """A weight as index.json has it."""
     return {"kind": type(weight).__name__.lower(), **asdict(weight)}
 
 
@@ -130,7 +131,8 @@ def _extent(entry: dict[str, Any] | None) -> Extent | None:
     return None if entry is None else Extent(entry["offset"], tuple(entry["shape"]), entry["dtype"])
 
 
-def _decode(entry: dict[str, Any]) -> Weight:
+def decode_weight(entry: dict[str, Any]) -> Weight:
+    """Inverse of `encode_weight`."""
     if entry["kind"] == "extent":
         return Extent(entry["offset"], tuple(entry["shape"]), entry["dtype"])
     if entry["kind"] == "rows":
@@ -154,7 +156,7 @@ def write_index(folder: Path, config: ModelConfig, about: dict[str, Any], weight
     """Write config.json and index.json."""
     header = {"format": FORMAT_VERSION, "model": config.to_json(), **about}
     (folder / "config.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
-    index = {name: _encode(weight) for name, weight in weights.items()}
+    index = {name: encode_weight(weight) for name, weight in weights.items()}
     (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
@@ -170,7 +172,7 @@ class Package:
                 raise UserError(f"{path} was made by another version of lsp-agent; import the model again.")
             self.header: dict[str, Any] = header
             self.config = ModelConfig.from_json(header["model"])
-            self.weights: dict[str, Weight] = {name: _decode(entry) for name, entry in index.items()}
+            self.weights: dict[str, Weight] = {name: decode_weight(entry) for name, entry in index.items()}
             self._bytes = np.memmap(path / WEIGHTS, np.uint8, "r")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not a complete model package; install or import the model again.") from error

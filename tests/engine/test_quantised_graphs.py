@@ -5,14 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_golden_hf import GOLDEN, PROMPT, read
 
 from lsp_agent.engine.checkpoints.importing import import_checkpoint
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.package import WEIGHTS, Experts, Linear, LinearPart, Package, WeightsWriter, write_index
-from lsp_agent.engine.quantisation import quantise_4bit
 
 MIXTURES = ["qwen2-moe", "qwen3-moe", "qwen3-moe-yarn", "qwen3-next", "qwen3-next-other"]
 
@@ -96,7 +93,7 @@ def poison(package, target, layers):
             each = extent.nbytes // weight.count
             for expert in experts:
                 start = extent.offset + expert * each
-                data[start : start + each].view(np.float32)[:] = np.nan
+                data[start : start + each].view(extent.dtype)[:] = np.nan
     data.flush()
     return target
 
@@ -141,17 +138,3 @@ def routed_by(engine, package, tokens, layers, tmp_path, accuracy):
                 used[layer].add(expert)
             shutil.rmtree(folder)
     return used
-
-
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), block=st.sampled_from([32, 64, 128]), scale=st.floats(1e-6, 1e3))
-def test_4_bit_scales_beat_the_largest_value_s(seed, block, scale):
-    values = (np.random.RandomState(seed).standard_normal((8, 256)) * scale).astype(np.float32)
-    values[0] = 0
-    error = np.linalg.norm(quantise_4bit(values, block).dequantise() - values)
-    grouped = values.reshape(8, -1, block)
-    index = np.abs(grouped).argmax(-1)[..., None]
-    naive = np.take_along_axis(grouped, index, -1) / -8
-    codes = np.clip(np.rint(np.divide(grouped, naive, out=np.zeros_like(grouped), where=naive != 0)), -8, 7)
-    assert np.isfinite(error) and error < np.linalg.norm(codes * naive - grouped)
-    assert not quantise_4bit(values, block).dequantise()[0].any()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lsp_agent.engine import quantisation
 from lsp_agent.engine.architecture import WeightSpec
 from lsp_agent.engine.checkpoints.checkpoint import Checkpoint, CheckpointTensor
+from lsp_agent.engine.gguf_blocks import SUPPORTED
 from lsp_agent.errors import UserError
 
 MOST_NAMED = 5
@@ -56,7 +56,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _problems(spec: WeightSpec, tensors: Sequence[CheckpointTensor]) -> list[str]:
-    unsupported = [f"{t.name} of type {t.type.name}" for t in tensors if t.type not in quantisation.SUPPORTED]
+    unsupported = [f"{t.name} of type {t.type.name}" for t in tensors if t.type not in SUPPORTED]
     if unsupported:
         return unsupported
     rows, columns = math.prod(spec.shape[:-1]), spec.shape[-1]

@@ -11,9 +11,10 @@ from functools import partial
 import numpy as np
 from gguf import quants
 
-from lsp_agent.engine import quantisation
 from lsp_agent.engine.architecture import WeightSpec
+from lsp_agent.engine.blocks import BlockFormat, Blocks, pack_zero_points
 from lsp_agent.engine.checkpoints.checkpoint import CheckpointTensor, nbytes
+from lsp_agent.engine.gguf_blocks import CARRIERS, reblock
 from lsp_agent.engine.package import (
     CORRECTION_BLOCK,
     Experts,
@@ -24,7 +25,8 @@ from lsp_agent.engine.package import (
     Weight,
     WeightsWriter,
 )
-from lsp_agent.engine.quantisation import BlockFormat, Scheme
+from lsp_agent.engine.quantisation import Scheme
+from lsp_agent.engine.rounding import quantise, quantise_8bit
 from lsp_agent.machine import usable_cores
 
 CHUNK_VALUES = 1 << 20
@@ -144,11 +146,12 @@ class WeightImporter:
         blocks = columns // form.block
         shapes = {
             "codes": ((rows, blocks, form.block * form.bits // 8), "uint8"),
-            "scales": ((rows, blocks), "float32"),
+            "scales": ((rows, blocks), form.scale_dtype),
         }
+        if form.corrected or form.asymmetric:
+            shapes["zero_points"] = (rows, -(-blocks * form.bits // 8)), "uint8"
         if form.corrected:
             groups = -(-blocks // CORRECTION_BLOCK)
-            shapes["zero_points"] = (rows, -(-blocks * form.bits // 8)), "uint8"
             shapes["corrections"] = (rows, blocks), "float32"
             shapes["correction_codes"] = (rows, groups, CORRECTION_BLOCK), "uint8"
             shapes["correction_scales"] = (rows, groups), "float32"
@@ -238,13 +241,13 @@ def _interleave(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
 
 
-def _carry(tensor: CheckpointTensor, start: int, stop: int, form: BlockFormat) -> quantisation.Blocks:
-    carrier = quantisation.CARRIERS.get(tensor.type)
+def _carry(tensor: CheckpointTensor, start: int, stop: int, form: BlockFormat) -> Blocks:
+    carrier = CARRIERS.get(tensor.type)
     if carrier is not None and carrier.format == form:
-        return quantisation.reblock(tensor.read(start, stop), tensor.type)
+        return reblock(tensor.read(start, stop), tensor.type)
     if carrier is not None and carrier.format == BlockFormat(4, form.block, False):
-        return quantisation.widen(quantisation.reblock(tensor.read(start, stop), tensor.type))
-    return quantisation.quantise(_values(tensor, start, stop), form)
+        return reblock(tensor.read(start, stop), tensor.type).widen()
+    return quantise(_values(tensor, start, stop), form)
 
 
 def _vector(spec: WeightSpec, tensors: Tensors) -> np.ndarray:
@@ -257,9 +260,10 @@ def _arrays(tensor: CheckpointTensor, form: BlockFormat | None, start: int, stop
         return {"values": _values(tensor, start, stop)}
     carried = _carry(tensor, start, stop, form)
     arrays = {"codes": carried.codes, "scales": carried.scales}
-    if carried.corrections is not None and carried.zero_points is not None:
-        rounded = quantisation.quantise_8bit(carried.corrections, CORRECTION_BLOCK)
-        arrays["zero_points"] = quantisation.pack_zero_points(carried.zero_points, carried.format.bits)
+    if carried.zero_points is not None:
+        arrays["zero_points"] = pack_zero_points(carried.zero_points, carried.format.bits)
+    if carried.corrections is not None:
+        rounded = quantise_8bit(carried.corrections, BlockFormat(8, CORRECTION_BLOCK))
         arrays["corrections"] = carried.corrections
         arrays["correction_codes"], arrays["correction_scales"] = rounded.codes, rounded.scales
     return arrays

@@ -8,18 +8,11 @@ from typing import Any
 import numpy as np
 
 from lsp_agent.engine.architecture import LinearAttentionConfig, ModelConfig
-from lsp_agent.engine.graph import CONTRIB, Accuracy, GraphBuilder
+from lsp_agent.engine.graph import CONTRIB, SWIGLU, Accuracy, GraphBuilder
 from lsp_agent.engine.package import CORRECTION_BLOCK, Experts, LinearPart, Package
 from lsp_agent.engine.quantisation import BlockFormat
 
 L2_EPSILON = 1e-6
-SWIGLU: dict[str, Any] = {
-    # Gate and up are interleaved (the CPU kernel knows no other order); alpha 1 and beta 0 make it plain SwiGLU.
-    "activation_type": "swiglu",
-    "swiglu_fusion": 1,
-    "activation_alpha": 1.0,
-    "activation_beta": 0.0,
-}
 
 
 class CpuGraph(GraphBuilder):

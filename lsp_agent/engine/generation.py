@@ -160,7 +160,7 @@ class Generation(Iterator[Step]):
         live = self._sequences
         logits = np.broadcast_to(first, (len(live), len(first)))
         capacity = len(self._prompt) + self._limit
-        state = State(self._decoder.states, capacity, len(live))
+        state = self._decoder.new_state(capacity, len(live))
         state.copy_prefix(shared, shared.length)
         while True:
             kept = []

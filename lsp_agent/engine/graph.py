@@ -21,6 +21,15 @@ CONTRIB = "com.microsoft"
 OPSET = 21
 IR_VERSION = 10
 
+SWIGLU: dict[str, Any] = {
+    # Gate and up are interleaved (the CPU kernel knows no other order), alpha 1 and beta 0 make it plain SwiGLU.
+    "activation_type": "swiglu",
+    "swiglu_fusion": 1,
+    "activation_alpha": 1.0,
+    "activation_beta": 0.0,
+}
+
+
 Accuracy = Literal["exact", "fast"]
 """exact: fp32 arithmetic throughout (CPU only). fast: the provider's fastest kernels for the package's codes."""
 

@@ -11,9 +11,11 @@ import onnxruntime as ort
 from lsp_agent.cancel import CancelToken
 from lsp_agent.engine.architectures import architecture
 from lsp_agent.engine.cpu_graph import CpuGraph
+from lsp_agent.engine.cuda_graph import CudaGraph
 from lsp_agent.engine.decoder import EMBEDDING, build_decoder
+from lsp_agent.engine.device import CpuDevice, Device, bind_input, bind_output
 from lsp_agent.engine.embedding import Embedding
-from lsp_agent.engine.graph import Accuracy
+from lsp_agent.engine.graph import Accuracy, GraphBuilder
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.state import State
 from lsp_agent.errors import Cancelled, UserError
@@ -24,25 +26,42 @@ CANCEL_POLL_S = 0.05
 class Decoder:
     """Runs tokens through the model and moves a `State` on."""
 
-    def __init__(self, package: Package, threads: int, context: int, accuracy: Accuracy) -> None:
+    def __init__(
+        self, package: Package, threads: int, context: int, accuracy: Accuracy, device: Device | None = None
+    ) -> None:
         self.config = package.config
+        self.device: Device = device or CpuDevice()
         self._embed = Embedding(package, EMBEDDING)
-        graph = CpuGraph(package, context, accuracy)
+        graph = self._graph(package, context, accuracy)
         build_decoder(architecture(self.config.architecture), self.config, graph)
         self.states = graph.states
+        self._element = np.dtype(graph.element)
         self._shared_memory = graph.in_memory  # the session reads it without owning it
         options = graph.session_options(threads)
         try:
             self._session = ort.InferenceSession(
-                graph.model().SerializeToString(), options, providers=["CPUExecutionProvider"]
+                graph.model().SerializeToString(), options, providers=self.device.providers({})
             )
         except Exception as error:  # ORT raises its own untyped errors
             raise UserError(f"ONNX Runtime cannot load {package.path} ({error}); import the model again.") from error
+        if self.device.name != "cpu":
+            self._shared_memory = {}  # the device has its copy
+
+    def _graph(self, package: Package, context: int, accuracy: Accuracy) -> GraphBuilder:
+        if self.device.name == "cpu":
+            return CpuGraph(package, context, accuracy)
+        if accuracy == "exact":
+            raise UserError("Exact arithmetic is only possible on the CPU; leave the accuracy or the device out.")
+        return CudaGraph(package, context)
 
     @property
     def recurrent(self) -> bool:
         """Whether a part of the state cannot go back by any number of tokens."""
         return not all(spec.growing for spec in self.states)
+
+    def new_state(self, capacity: int, batch: int = 1) -> State:
+        """An empty state in the device's memory."""
+        return State(self.states, capacity, batch, self.device)
 
     def run(self, ids: np.ndarray, state: State, rows: Sequence[int], cancel: CancelToken | None = None) -> np.ndarray:
         """Append `ids` [batch, length] to `state` and return logits [len(rows), vocabulary], fp32.
@@ -53,21 +72,24 @@ class Decoder:
         batch, length = ids.shape
         total = state.length + length
         binding = state.binding(self._session)
+        device = self.device
         inputs = {  # the binding borrows these arrays, so they must outlive the run
-            "embeddings": self._embed(ids.reshape(-1)).reshape(batch, length, -1),
+            "embeddings": self._embed(ids.reshape(-1)).reshape(batch, length, -1).astype(self._element, copy=False),
             "lengths": np.full(batch, total - 1, np.int32),
-            "total_length": np.array([total], np.int32),
             "rows": np.asarray(rows, np.int64),
         }
-        for name, value in inputs.items():
-            binding.bind_cpu_input(name, value)
-        logits = np.empty((len(rows), self.config.vocabulary), np.float32)
-        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits[None]))
+        borrowed = {name: device.array(values) for name, values in inputs.items()}
+        for name, array in borrowed.items():
+            bind_input(device, binding, name, array)
+        binding.bind_cpu_input("total_length", np.array([total], np.int32))  # the kernels read it on the host
+        logits = device.zeros((1, len(rows), self.config.vocabulary), self._element.name)
+        bind_output(device, binding, "logits", logits)
         options = ort.RunOptions()
         done = threading.Event()
         watcher = _terminate_on_cancel(options, cancel, done) if cancel is not None and length > 1 else None
         try:
             self._session.run_with_iobinding(binding, options)
+            device.finish(binding)
         except Exception:
             if cancel is not None and cancel.cancelled:
                 raise Cancelled from None
@@ -77,7 +99,22 @@ class Decoder:
             if watcher is not None:
                 watcher.join()
         state.commit()
-        return logits
+        return device.host(logits)[0].astype(np.float32, copy=False)
+
+    def rollback(self, state: State, count: int) -> None:
+        """Forget the last `count` tokens of a state of one sequence.
+
+        A recurrent state goes back to before its last runs bit for bit, and else to the nearest length that it
+        remembers, from where it reads the tokens again (in one run, which rounds differently from many).
+        """
+        if not 0 <= count <= state.length:
+            raise ValueError(f"cannot forget {count} of {state.length} tokens")
+        target, ids = state.length - count, list(state.ids)
+        known = state.reachable(target)
+        state.truncate(known)
+        if known < target:
+            self.run(np.array([ids[known:target]], np.int64), state, [])
+            state.extend(ids[known:target])
 
 
 def _terminate_on_cancel(options: ort.RunOptions, cancel: CancelToken, done: threading.Event) -> threading.Thread:

@@ -1,8 +1,9 @@
 """What a decoder remembers of a sequence: keys and values that grow with it, and recurrent states of fixed size.
 
 Keys and values are preallocated buffers that the graph extends in place: forgetting the last tokens only means to
-count them no longer. A recurrent state (of Gated DeltaNet and its convolution) is replaced by every run and cannot go
-back, so copies of it are kept at a few lengths: the checkpoints that a prefix can be taken up from.
+count them no longer. A recurrent state (of Gated DeltaNet and its convolution) is replaced by every run, which reads
+one buffer of a ring and writes the next: it can go back to before each of the last few runs, and to checkpoints:
+copies of it, in main memory, at a few lengths, from which a prefix can be taken up.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from itertools import pairwise
 import numpy as np
 import onnxruntime as ort
 
+from lsp_agent.engine.device import Array, CpuDevice, Device, bind_input, bind_output
+
 MOST_CHECKPOINTS = 16
+HISTORY = 8
+"""Runs that a recurrent state can go back without a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of a whole state: `ids`, keys and values up to their length, recurrent states; fp32, by `past` name."""
+    """A copy of a whole state in main memory: `ids`, keys and values up to their length, recurrent states; by `past`
+    name."""
 
     ids: tuple[int, ...]
     growing: dict[str, np.ndarray]
@@ -48,59 +54,67 @@ class State:
     until written, so capacity costs address space, not memory.
     """
 
-    def __init__(self, specs: Iterable[StateSpec], capacity: int, batch: int = 1) -> None:
+    def __init__(self, specs: Iterable[StateSpec], capacity: int, batch: int = 1, device: Device | None = None) -> None:
         self.capacity = capacity
         self.length = 0
         self.ids: list[int] = []
+        self._device: Device = device or CpuDevice()
         self._specs = tuple(specs)
-        self._growing: dict[str, np.ndarray] = {}
-        self._recurrent: dict[str, np.ndarray] = {}
-        # A run reads one buffer and writes the other: the CPU kernels are wrong in place, and a run may be cancelled.
-        self._spare: dict[str, np.ndarray] = {}
+        self._growing: dict[str, Array] = {}
         for spec in self._specs:
             if spec.growing:
                 heads, size = spec.shape
-                self._growing[spec.past] = np.zeros((batch, heads, capacity, size), np.float32)
-            else:
-                self._recurrent[spec.past] = np.zeros((batch, *spec.shape), np.float32)
-                self._spare[spec.past] = np.zeros((batch, *spec.shape), np.float32)
+                self._growing[spec.past] = self._device.zeros((batch, heads, capacity, size), spec.dtype)
+        self._replaced = [spec for spec in self._specs if not spec.growing]
+        self._batch = batch
+        # A run reads one buffer and writes the next: the CPU kernels are wrong in place, and a run may be cancelled.
+        self._ring, self._turn = [self._new_buffers()], 0
         self._checkpoints: dict[int, dict[str, np.ndarray]] = {}  # by length, ascending
-        self._share()
+        self._forget_history()
 
-    def _share(self) -> None:
-        # The values borrow the arrays' memory: both live as long as this state.
-        def borrow(arrays: dict[str, np.ndarray]) -> dict[str, ort.OrtValue]:
-            return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
-
-        self._growing_values = borrow(self._growing)
-        self._recurrent_values, self._spare_values = borrow(self._recurrent), borrow(self._spare)
-
-        self._bindings: list[ort.IOBinding | None] = [None, None]  # one for each way the buffers are turned
+    def _forget_history(self) -> None:
+        """Keep the present buffer of the ring only, as its first."""
+        self._ring = [self._recurrent, *({} for _ in range(HISTORY))]
+        self._bindings: list[ort.IOBinding | None] = [None] * len(self._ring)
         self._turn = 0
+        self._history: list[tuple[int, int]] = []  # length and place in the ring of earlier states, oldest first
+
+    def _new_buffers(self) -> dict[str, Array]:
+        return {spec.past: self._device.zeros((self._batch, *spec.shape), spec.dtype) for spec in self._replaced}
+
+    @property
+    def _recurrent(self) -> dict[str, Array]:
+        return self._ring[self._turn]
 
     def binding(self, session: ort.InferenceSession) -> ort.IOBinding:
         """A binding of every state, past input and present output; the rest is bound at each run.
 
         Kept between runs: binding some hundred values at every step costs a few percent of a small model's time.
         """
+        following = (self._turn + 1) % len(self._ring)
+        # The run overwrites the oldest state, whether it is taken over or not.
+        self._history = [(length, place) for length, place in self._history if place != following]
         bound = self._bindings[self._turn]
         if bound is None:
             bound = self._bindings[self._turn] = session.io_binding()
+            self._ring[following] = self._ring[following] or self._new_buffers()
             for spec in self._specs:
-                if spec.growing:
-                    past = present = self._growing_values[spec.past]
-                else:
-                    past, present = self._recurrent_values[spec.past], self._spare_values[spec.past]
-                bound.bind_ortvalue_input(spec.past, past)
-                bound.bind_ortvalue_output(spec.present, present)
+                past = (self._growing if spec.growing else self._recurrent)[spec.past]
+                present = past if spec.growing else self._ring[following][spec.past]
+                bind_input(self._device, bound, spec.past, past)
+                bind_output(self._device, bound, spec.present, present)
         return bound
 
     def commit(self) -> None:
         """Take over what a run has just written; without it the state is as before the run."""
-        if self._recurrent:
-            self._recurrent, self._spare = self._spare, self._recurrent
-            self._recurrent_values, self._spare_values = self._spare_values, self._recurrent_values
-            self._turn = 1 - self._turn
+        if self._replaced:
+            self._history.append((self.length, self._turn))
+            self._turn = (self._turn + 1) % len(self._ring)
+
+    def trim(self) -> None:
+        """Give back the memory of the history: the state can go back to checkpoints only."""
+        if self._replaced:
+            self._forget_history()
 
     def extend(self, ids: Sequence[int]) -> None:
         """Count tokens that a run has just read (of a state of one sequence)."""
@@ -109,9 +123,9 @@ class State:
 
     def checkpoint(self) -> None:
         """Remember this length as one to come back to; costs nothing where every length is."""
-        if not self._recurrent or not self.length or self.length in self._checkpoints:
+        if not self._replaced or not self.length or self.length in self._checkpoints:
             return
-        self._checkpoints[self.length] = {name: array.copy() for name, array in self._recurrent.items()}
+        self._checkpoints[self.length] = {name: self._device.host(array) for name, array in self._recurrent.items()}
         if len(self._checkpoints) > MOST_CHECKPOINTS:
             # The one that is closest to its predecessor is missed least; the latest stays.
             gaps = [(after - before, after) for before, after in pairwise([0, *self._checkpoints])]
@@ -121,13 +135,20 @@ class State:
         """The largest length up to `length` that this state can go back to."""
         if length >= self.length:
             return self.length
-        if not self._recurrent:
+        if not self._replaced:
             return length
-        return max((known for known in self._checkpoints if known <= length), default=0)
+        known = [*self._checkpoints, *(earlier for earlier, _ in self._history)]
+        return max((one for one in known if one <= length), default=0)
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` tokens; only lengths that are `reachable` can be given."""
-        self._recall(self, length)
+        if length < self.length:
+            places = dict(self._history)
+            if length in places:
+                self._turn = places[length]
+            else:
+                self._recall(self, length)
+            self._history = [(earlier, place) for earlier, place in self._history if earlier < length]
         self._checkpoints = {known: arrays for known, arrays in self._checkpoints.items() if known <= length}
         del self.ids[length:]
         self.length = length
@@ -135,46 +156,56 @@ class State:
     def copy_prefix(self, source: State, length: int) -> None:
         """Take over the first `length` tokens of `source`, `reachable` there, into every sequence of this state."""
         for name, array in self._growing.items():
-            array[:, :, :length] = source._growing[name][:1, :, :length]
+            self._device.assign(array[:, :, :length], source._growing[name][:1, :, :length])
         self._recall(source, length)
+        self._history.clear()
         self._checkpoints = {known: arrays for known, arrays in source._checkpoints.items() if known <= length}
         self.ids = source.ids[:length]
         self.length = length
 
     def _recall(self, source: State, length: int) -> None:
-        if not self._recurrent or (source is self and length == self.length):
+        if not self._replaced:
             return
         if source.reachable(length) != length:
             raise ValueError(f"there is no checkpoint at {length} tokens")
-        arrays = source._recurrent if length == source.length else source._checkpoints.get(length)
+        arrays: dict[str, Array] | None = source._checkpoints.get(length)
+        if length == source.length:
+            arrays = source._recurrent
+        elif (place := dict(source._history).get(length)) is not None:
+            arrays = source._ring[place]
         for name, array in self._recurrent.items():
-            array[:] = 0 if arrays is None else arrays[name][:1]
+            self._device.assign(array, 0 if arrays is None else arrays[name][:1])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Shrink the batch to `rows` (ascending); the others are forgotten."""
         for name, array in self._growing.items():
             for target, row in enumerate(rows):
                 if target != row:
-                    array[target, :, : self.length] = array[row, :, : self.length]
+                    self._device.assign(array[target, :, : self.length], array[row, :, : self.length])
             self._growing[name] = array[: len(rows)]
         for name, array in self._recurrent.items():
-            self._recurrent[name] = array[list(rows)]
-            self._spare[name] = self._spare[name][: len(rows)]
+            for target, row in enumerate(rows):
+                if target != row:
+                    self._device.assign(array[target], array[row])
+            self._recurrent[name] = array[: len(rows)]
+        self._batch = len(rows)
         self._checkpoints.clear()
-        self._share()
+        self._forget_history()
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state (of one sequence), independent of what happens to it later."""
-        growing = {name: array[:, :, : self.length].copy() for name, array in self._growing.items()}
-        return Snapshot(tuple(self.ids), growing, {name: array.copy() for name, array in self._recurrent.items()})
+        growing = {name: self._device.host(array[:, :, : self.length]) for name, array in self._growing.items()}
+        recurrent = {name: self._device.host(array) for name, array in self._recurrent.items()}
+        return Snapshot(tuple(self.ids), growing, recurrent)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Become what the state of a snapshot was; the snapshot stays usable. Checkpoints are forgotten."""
         length = len(snapshot.ids)
-        for name, array in snapshot.growing.items():
-            self._growing[name][:, :, :length] = array
-        for name, array in snapshot.recurrent.items():
-            self._recurrent[name][:] = array
+        for name, values in snapshot.growing.items():
+            self._device.assign(self._growing[name][:, :, :length], values)
+        for name, values in snapshot.recurrent.items():
+            self._device.assign(self._recurrent[name], values)
+        self._history.clear()
         self._checkpoints.clear()
         self.ids, self.length = list(snapshot.ids), length
 
@@ -193,10 +224,10 @@ class PrefixCache:
     Filling in a file asks many prompts that share a long beginning: only what follows it is read again.
     """
 
-    def __init__(self, specs: Iterable[StateSpec], capacity: int, slots: int = 4) -> None:
+    def __init__(self, specs: Iterable[StateSpec], capacity: int, slots: int = 4, device: Device | None = None) -> None:
         self.capacity = capacity
         known = tuple(specs)
-        self._make = lambda: State(known, capacity)
+        self._make = lambda: State(known, capacity, device=device)
         self._slots = slots
         self._states: list[State] = []  # least recently used first
 
@@ -233,6 +264,8 @@ class PrefixCache:
     def _touch(self, state: State) -> None:
         if state in self._states:
             self._states.remove(state)
+        if self._states:
+            self._states[-1].trim()
         self._states.append(state)
 
     def _worth_keeping(self, state: State, shared: int) -> bool:

@@ -1,0 +1,136 @@
+"""The graph for ONNX Runtime's CUDA provider: fp16 activations, recurrent states in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto
+
+from lsp_agent.engine.architecture import LinearAttentionConfig, ModelConfig
+from lsp_agent.engine.graph import CONTRIB, SWIGLU, GraphBuilder
+from lsp_agent.engine.package import Experts, LinearPart
+from lsp_agent.errors import UserError
+
+EXPERT_ALIGNMENT = 64
+"""The CUDA kernels of the experts want hidden and intermediate sizes that are multiples of this."""
+
+
+class CudaGraph(GraphBuilder):
+    """Everything runs on the GPU, so that a decode step can be captured as one CUDA graph."""
+
+    element = "float16"
+
+    def attention(self, config: ModelConfig, prefix: str, qkv: list[str], normalised: bool) -> str:
+        """See `GraphBuilder.attention`."""
+        past_key, present_key = self.kv_state(f"{prefix}.key", config)
+        past_value, present_value = self.kv_state(f"{prefix}.value", config)
+        inputs = [*qkv, *[""] * (3 - len(qkv)), past_key, past_value, self.lengths, self.total_length]
+        inputs += self.rotary_tables(config)
+        attributes: dict[str, Any] = {}
+        if normalised:
+            inputs += [*[""] * 5, self.vector(f"{prefix}.attn_q_norm"), self.vector(f"{prefix}.attn_k_norm")]
+            attributes["qk_norm_epsilon"] = config.rms_epsilon
+        return self.op(
+            "GroupQueryAttention",
+            inputs,
+            domain=CONTRIB,
+            more_outputs=(present_key, present_value),
+            num_heads=config.heads,
+            kv_num_heads=config.kv_heads,
+            do_rotary=1,
+            **attributes,
+        )
+
+    def delta_rule(self, linear: LinearAttentionConfig, prefix: str, qkv: str, step: str, rate: str) -> str:
+        """See `GraphBuilder.delta_rule`."""
+        key_width, value_width = linear.key_heads * linear.key_size, linear.value_heads * linear.value_size
+        parts = self.split(qkv, [key_width, key_width, value_width])
+        shapes = [(linear.key_heads, linear.key_size)] * 2 + [(linear.value_heads, linear.value_size)]
+        heads = [self.reshape(part, [0, 0, *shape]) for part, shape in zip(parts, shapes, strict=True)]
+        gates = [self.op("Cast", [gate], to=TensorProto.FLOAT) for gate in (step, rate)]
+        # The kernel wants A_log, of which the package holds -exp(A_log).
+        a_log = self.constant(f"{prefix}.a_log", np.log(-self.values(f"{prefix}.ssm_a")))
+        dt = self.constant(f"{prefix}.ssm_dt.fp32", self.values(f"{prefix}.ssm_dt"))
+        shape = (linear.value_heads, linear.value_size, linear.key_size)
+        past, present = self.recurrent_state(f"{prefix}.delta", shape, "float32")
+        attended = self.op(
+            "GatedDeltaNet",
+            [*heads, "", *gates, past, a_log, dt],
+            domain=CONTRIB,
+            more_outputs=(present,),
+            update_rule="gated_delta",
+            gate_activation="qwen",
+            beta_activation="sigmoid",
+            qk_l2_norm=1,
+        )
+        return self.reshape(attended, [0, 0, value_width])
+
+    def _half(self, name: str, values: np.ndarray) -> str:
+        return self.constant(name, values.astype(np.float16))
+
+    def _dense(self, x: str, name: str, part: LinearPart) -> str:
+        assert part.values is not None
+        return self.op("MatMul", [x, self._half(name, self._package.array(part.values))])
+
+    def _quantised(self, x: str, name: str, columns: int, part: LinearPart) -> str:
+        assert part.format is not None and part.codes is not None and part.scales is not None
+        inputs = [
+            x,
+            self.external(f"{name}.codes", part.codes),
+            self._half(f"{name}.scales", self._package.array(part.scales)),
+        ]
+        if part.zero_points is not None:
+            inputs.append(self.external(f"{name}.zero_points", part.zero_points))
+        product = self.op(
+            "MatMulNBits",
+            inputs,
+            domain=CONTRIB,
+            K=columns,
+            N=part.rows,
+            bits=part.format.bits,
+            block_size=part.format.block,
+        )
+        if part.corrections is None:
+            return product
+        sums = self._block_sum(x, columns, part.format.block)
+        corrections = self._half(f"{name}.corrections", self._package.array(part.corrections).T)
+        return self.op("Add", [product, self.op("MatMul", [sums, corrections])])
+
+    def experts(self, x: str, logits: str, gate_up: str, down: str, used: int, normalise: bool) -> str:
+        """See `GraphBuilder.experts`."""
+        first, second = self.expert_weights(gate_up), self.expert_weights(down)
+        if first.columns % EXPERT_ALIGNMENT or second.columns % EXPERT_ALIGNMENT:
+            raise UserError(
+                f"{self._package.path} has experts of {second.columns} x {first.columns}, which are no multiples of "
+                f"{EXPERT_ALIGNMENT}: this model cannot run on the GPU; use the CPU."
+            )
+        routing: dict[str, Any] = {"k": used, "normalize_routing_weights": int(normalise), "domain": CONTRIB}
+        form = first.part.format
+        if form is None or second.part.format != form:
+            dense = [self._dense_experts(gate_up, first), "", self._dense_experts(down, second)]
+            return self.op("MoE", [x, logits, *dense], **routing, **SWIGLU)
+        return self.op(
+            "QMoE",
+            [x, logits, *self._quantised_experts(gate_up, first), "", *self._quantised_experts(down, second)],
+            expert_weight_bits=form.bits,
+            block_size=form.block,
+            **routing,
+            **SWIGLU,
+        )
+
+    def _dense_experts(self, name: str, experts: Experts) -> str:
+        part, shape = experts.part, (experts.count, experts.part.rows // experts.count, experts.columns)
+        if part.values is not None:
+            return self._half(name, self._package.array(part.values).reshape(shape))
+        return self._half(name, self._package.blocks(part).dequantise().reshape(shape))
+
+    def _quantised_experts(self, name: str, experts: Experts) -> list[str]:
+        part, rows = experts.part, experts.part.rows // experts.count
+        assert part.format is not None and part.codes is not None and part.scales is not None
+        row_bytes = experts.columns * part.format.bits // 8
+        scales = self._package.array(part.scales).reshape(experts.count, rows, -1)
+        return [
+            self.external(f"{name}.codes", part.codes, (experts.count, rows, row_bytes)),
+            self._half(f"{name}.scales", scales),
+        ]

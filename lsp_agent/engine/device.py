@@ -1,0 +1,158 @@
+"""Where a session runs: its execution provider, and the memory that it shares with us without copies."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import onnxruntime as ort
+
+from lsp_agent.errors import UserError
+
+DeviceName = Literal["cpu", "cuda"]
+Array = Any
+"""A `numpy.ndarray` or, on the GPU, a `cupy.ndarray`: both have the same methods."""
+
+
+class Device(Protocol):
+    """Makes arrays in the device's memory and hands them to ONNX Runtime by address."""
+
+    name: DeviceName
+
+    def providers(self, options: dict[str, str]) -> list[Any]:
+        """What `onnxruntime.InferenceSession` takes as providers; `options` are further options of this one."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """An array of zeros."""
+
+    def array(self, values: np.ndarray) -> Array:
+        """`values` in the device's memory; on the CPU the array itself."""
+
+    def host(self, array: Array) -> np.ndarray:
+        """A copy in main memory."""
+
+    def assign(self, target: Array, values: Array) -> None:
+        """`target[...] = values`, wherever the values are."""
+
+    def address(self, array: Array) -> int:
+        """Where a contiguous array begins."""
+
+    def finish(self, binding: ort.IOBinding) -> None:
+        """Wait until a run's outputs are there."""
+
+
+class CpuDevice:
+    """Main memory; unwritten pages of zeros cost none."""
+
+    name: DeviceName = "cpu"
+
+    def providers(self, options: dict[str, str]) -> list[Any]:
+        """See `Device.providers`."""
+        return [("CPUExecutionProvider", options)]
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """See `Device.zeros`."""
+        return np.zeros(shape, dtype)
+
+    def array(self, values: np.ndarray) -> Array:
+        """See `Device.array`."""
+        return np.ascontiguousarray(values)
+
+    def host(self, array: Array) -> np.ndarray:
+        """See `Device.host`."""
+        return np.array(array)
+
+    def assign(self, target: Array, values: Array) -> None:
+        """See `Device.assign`."""
+        target[...] = values
+
+    def address(self, array: Array) -> int:
+        """See `Device.address`."""
+        return int(array.ctypes.data)
+
+    def finish(self, binding: ort.IOBinding) -> None:
+        """See `Device.finish`: runs return when they are done."""
+
+
+class CudaDevice:
+    """The first NVIDIA GPU. One stream carries ONNX Runtime's work and ours, so that neither needs to wait."""
+
+    name: DeviceName = "cuda"
+
+    def __init__(self) -> None:
+        self._cupy = _cupy()
+        self._stream = self._cupy.cuda.Stream(non_blocking=True)
+        self._stream.use()
+
+    def providers(self, options: dict[str, str]) -> list[Any]:
+        """See `Device.providers`."""
+        return [("CUDAExecutionProvider", {"user_compute_stream": str(self._stream.ptr), **options})]
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """See `Device.zeros`."""
+        with self._stream:
+            return self._cupy.zeros(shape, dtype)
+
+    def array(self, values: np.ndarray) -> Array:
+        """See `Device.array`."""
+        with self._stream:
+            return self._cupy.asarray(np.ascontiguousarray(values))
+
+    def host(self, array: Array) -> np.ndarray:
+        """See `Device.host`."""
+        with self._stream:
+            return np.asarray(self._cupy.asnumpy(array, stream=self._stream))
+
+    def assign(self, target: Array, values: Array) -> None:
+        """See `Device.assign`."""
+        with self._stream:
+            target[...] = self._cupy.asarray(values)
+
+    def address(self, array: Array) -> int:
+        """See `Device.address`."""
+        return int(array.data.ptr)
+
+    def finish(self, binding: ort.IOBinding) -> None:
+        """See `Device.finish`."""
+        binding.synchronize_outputs()
+
+
+def _cupy() -> Any:
+    """CuPy over a working GPU; raises `UserError` that says what is missing."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise UserError(
+            "Running on the GPU needs the GPU packages; install them with pip install 'lsp-agent[gpu]'."
+        ) from error
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise UserError(
+            "This ONNX Runtime was built without CUDA: uninstall onnxruntime, then pip install 'lsp-agent[gpu]'."
+        )
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise UserError(f"No NVIDIA GPU can be used ({error}); update the driver or use the CPU.") from error
+    if not count:
+        raise UserError("This machine has no NVIDIA GPU; use the CPU.")
+    ort.preload_dlls()
+    return cupy
+
+
+def open_device(name: DeviceName | None = None) -> Device:
+    """The device called `name`; None is what `LSP_AGENT_DEVICE` says, the CPU by default. Raises `UserError`."""
+    chosen = name or os.environ.get("LSP_AGENT_DEVICE", "cpu")
+    if chosen not in ("cpu", "cuda"):
+        raise UserError(f"There is no device {chosen!r}; set LSP_AGENT_DEVICE to cpu or cuda.")
+    return CudaDevice() if chosen == "cuda" else CpuDevice()
+
+
+def bind_input(device: Device, binding: ort.IOBinding, name: str, array: Array) -> None:
+    """Let a run read `array`, which must live until it is done."""
+    binding.bind_input(name, device.name, 0, array.dtype.type, array.shape, device.address(array))
+
+
+def bind_output(device: Device, binding: ort.IOBinding, name: str, array: Array) -> None:
+    """Let a run write `array`."""
+    binding.bind_output(name, device.name, 0, array.dtype.type, array.shape, device.address(array))

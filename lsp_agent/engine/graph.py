@@ -180,7 +180,9 @@ class GraphBuilder(ABC):
         """Sums of `x` over blocks of columns, computed once for all linears that read the same `x`."""
         if (x, block) not in self._block_sums:
             blocked = self.op("Reshape", [x, self.integers([0, 0, columns // block, block])])
-            self._block_sums[x, block] = self.op("ReduceSum", [blocked, self.integers([-1])], keepdims=0)
+            sums = self.op("ReduceSum", [blocked, self.integers([-1])], keepdims=0)
+            # Of no rows at all (the head within a prefill) ORT returns the shape unreduced.
+            self._block_sums[x, block] = self.op("Reshape", [sums, self.integers([0, 0, columns // block])])
         return self._block_sums[x, block]
 
     def rms_norm(self, residual: str, delta: str | None, name: str, epsilon: float) -> tuple[str, str]:

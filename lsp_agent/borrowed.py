@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lsp_agent.cancel import CancelToken
-from lsp_agent.chat_model import ChatModel, Completion, Message, Sampling, Tier, TokenScore
+from lsp_agent.chat_model import ChatModel, Completion, Message, Sampling, Tier, TokenScore, ToolSchema
 
 
 class Borrowed:
@@ -35,10 +35,15 @@ class Borrowed:
         return self._model.file_tokens
 
     def chat(
-        self, messages: Sequence[Message], sampling: Sampling, cancel: CancelToken, n: int = 1
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        cancel: CancelToken,
+        n: int = 1,
+        tools: Sequence[ToolSchema] = (),
     ) -> list[Completion]:
         """As the model's."""
-        return self._model.chat(messages, sampling, cancel, n)
+        return self._model.chat(messages, sampling, cancel, n, tools)
 
     def infill(self, prefix: str, suffix: str, sampling: Sampling, cancel: CancelToken, n: int = 1) -> list[Completion]:
         """As the model's."""

@@ -6,9 +6,10 @@ does the scripted model of the tests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypedDict
+from enum import StrEnum
+from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 from lsp_agent.cancel import CancelToken
 
@@ -16,11 +17,109 @@ Tier = Literal["small", "medium", "large"]
 """What a model can be asked to do: small (up to 3B, fixed pipeline), medium (7 to 14B), large (tools, long horizon)."""
 
 
+@dataclass(frozen=True)
+class ToolSchema:
+    """One tool. `parameters` is the JSON schema (an object schema) of its arguments.
+
+    Names outside `properties` are refused unless the schema allows them: it has no `properties`, or it says
+    `additionalProperties`.
+    """
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def properties(self) -> Mapping[str, Any]:
+        """The schema of each declared parameter."""
+        return self.parameters.get("properties") or {}
+
+    @property
+    def required(self) -> Sequence[str]:
+        """The parameters that a call must give."""
+        return self.parameters.get("required") or ()
+
+    def schema_of(self, parameter: str) -> Mapping[str, Any] | None:
+        """Give the schema of one parameter, or None when the tool has no such parameter."""
+        if parameter in self.properties:
+            declared = self.properties[parameter]
+            return declared if isinstance(declared, Mapping) else {}
+        additional = self.parameters.get("additionalProperties", not self.properties)
+        if isinstance(additional, Mapping):
+            return additional
+        return {} if additional else None
+
+
+class Problem(StrEnum):
+    """Why a call cannot be run as it stands."""
+
+    UNKNOWN_TOOL = "unknown_tool"
+    UNKNOWN_PARAMETER = "unknown_parameter"
+    MISSING_PARAMETER = "missing_parameter"
+    DUPLICATE_PARAMETER = "duplicate_parameter"
+    INVALID_VALUE = "invalid_value"
+    MALFORMED = "malformed"
+    CUT_OFF = "cut_off"
+
+
+MALFORMED = frozenset({Problem.MALFORMED, Problem.CUT_OFF, Problem.DUPLICATE_PARAMETER})
+
+
+class Repair(StrEnum):
+    """A slip of form that the parser mended without asking the model again; counted apart in evaluations."""
+
+    MISSING_OPENER = "missing_opener"
+    DOUBLED_OPENER = "doubled_opener"
+    MISSING_CLOSER = "missing_closer"
+    DOUBLED_CLOSER = "doubled_closer"
+    STRAY_TEXT = "stray_text"
+    LENIENT_JSON = "lenient_json"
+
+
+@dataclass(frozen=True)
+class ToolCallError:
+    """One thing wrong with a call; `message` is a sentence to show to the model."""
+
+    problem: Problem
+    message: str
+    parameter: str | None = None
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call as the model made it. Run it only when `errors` is empty.
+
+    `raw` is the exact span of the answer that it came from (empty when it came from elsewhere); `arguments` holds
+    JSON values. After errors `arguments` holds what could be read, and `name` is empty when not even that could.
+    """
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+    raw: str = ""
+    errors: tuple[ToolCallError, ...] = ()
+    repairs: tuple[Repair, ...] = ()
+
+    @property
+    def malformed(self) -> bool:
+        """Whether name and arguments are not what the model meant to say: such a call is no more than text."""
+        return any(error.problem in MALFORMED for error in self.errors)
+
+    @property
+    def error_text(self) -> str:
+        """All errors, one sentence a line: the tool's answer to the model. Empty when the call can be run."""
+        return "\n".join(error.message for error in self.errors)
+
+
 class Message(TypedDict):
-    """One chat message; `role` is system, user or assistant."""
+    """One chat message; `role` is system, user, assistant, or tool for a call's result."""
 
     role: str
     content: str
+    tool_calls: NotRequired[Sequence[ToolCall]]
+    """What the assistant called, after its `content`."""
+    tool_call_id: NotRequired[str]
+    """The call whose result a tool's message is."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +154,18 @@ class Usage:
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. `mean_logprob`: mean natural-log probability of its tokens under the model, before any filter."""
+    """One answer. `mean_logprob`: mean natural-log probability of its tokens under the model, before any filter.
+
+    `text` and the calls' `raw` spans together are all that the model said. `problems` tell what is wrong with calls
+    that could not be read (`ToolCall.malformed`) and are therefore part of `text`.
+    """
 
     text: str
-    finish_reason: Literal["stop", "length", "cancelled"]
+    finish_reason: Literal["stop", "length", "tool_calls", "cancelled"]
     usage: Usage = field(default_factory=Usage)
     mean_logprob: float | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    problems: tuple[ToolCallError, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,9 +201,14 @@ class ChatModel(Protocol):
         """Special tokens in front of a repository's name and of each file's path; None: the model has none."""
 
     def chat(
-        self, messages: Sequence[Message], sampling: Sampling, cancel: CancelToken, n: int = 1
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        cancel: CancelToken,
+        n: int = 1,
+        tools: Sequence[ToolSchema] = (),
     ) -> list[Completion]:
-        """Answer a conversation `n` times."""
+        """Answer a conversation `n` times. The model may call the `tools`, in the format that it was trained on."""
 
     def infill(self, prefix: str, suffix: str, sampling: Sampling, cancel: CancelToken, n: int = 1) -> list[Completion]:
         """Fill in the middle between `prefix` and `suffix`, `n` times.

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lsp_agent.cancel import CancelToken
-from lsp_agent.chat_model import Message, Sampling, TokenScore
+from lsp_agent.chat_model import Message, Sampling, TokenScore, ToolSchema
 from lsp_agent.engine.architecture import ModelConfig
 from lsp_agent.engine.generation import Generation
 from lsp_agent.engine.graph import Accuracy
@@ -79,9 +79,9 @@ class Engine:
         """Token ids that ask for what belongs between `prefix` and `suffix`."""
         return self.tokenizer.infill(prefix, suffix)
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation that the assistant continues."""
-        return self.tokenizer.chat(messages)
+    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> list[int]:
+        """Token ids of a conversation that the assistant continues, perhaps by calling one of `tools`."""
+        return self.tokenizer.chat(messages, tools)
 
     def score(self, ids: Sequence[int], cancel: CancelToken) -> list[float]:
         """Natural-log probability of each of `ids[1:]` given all tokens before it."""

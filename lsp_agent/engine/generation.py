@@ -5,21 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from lsp_agent.cancel import CancelToken
-from lsp_agent.chat_model import Completion, Sampling, Usage
+from lsp_agent.chat_model import Sampling
 from lsp_agent.engine.drafting import PromptLookup
 from lsp_agent.engine.sampling import Sampler, log_probability
 from lsp_agent.engine.session import Decoder
 from lsp_agent.engine.state import PrefixCache, State
 from lsp_agent.engine.tokens import StopStrings, TextStream, Tokenizer
 from lsp_agent.errors import PromptTooLong, UserError
-
-if TYPE_CHECKING:
-    from lsp_agent.engine.engine import Engine
 
 PREFILL_CHUNK = 256
 
@@ -202,28 +199,3 @@ class Generation(Iterator[Step]):
             text += sequence.stops.finish()
         self.timings.decode_s += time.perf_counter() - started
         return Step(sequence.index, token, text, logprob, reason)
-
-
-def collect(
-    engine: Engine, prompt: Sequence[int], sampling: Sampling, cancel: CancelToken, n: int = 1
-) -> tuple[list[Completion], Usage]:
-    """Run a whole request; `Usage` is the request's, with the tokens of all `n` answers."""
-    generation = engine.generate(prompt, sampling, cancel, n=n)
-    texts: list[list[str]] = [[] for _ in range(n)]
-    logprobs: list[list[float]] = [[] for _ in range(n)]
-    reasons: list[FinishReason] = ["length"] * n
-    for step in generation:
-        texts[step.index].append(step.text)
-        logprobs[step.index].append(step.logprob)
-        reasons[step.index] = step.finish_reason or "length"
-    timings = generation.timings
-    answers = [
-        Completion(
-            text="".join(texts[i]),
-            finish_reason=reasons[i],
-            usage=Usage(timings.prompt_tokens, timings.cached_tokens, len(logprobs[i])),
-            mean_logprob=sum(logprobs[i]) / len(logprobs[i]) if logprobs[i] else None,
-        )
-        for i in range(n)
-    ]
-    return answers, Usage(timings.prompt_tokens, timings.cached_tokens, timings.decoded_tokens)

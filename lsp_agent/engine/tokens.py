@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-import os
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from lsp_agent.chat_model import Message
+from lsp_agent.chat_model import Message, ToolSchema
+from lsp_agent.engine.chat_template import render
 from lsp_agent.engine.package import Package
+from lsp_agent.engine.tool_calls import ToolCallFormat, format_of_template, template_messages, tool_to_openai
 from lsp_agent.errors import UserError
 
 
@@ -62,22 +64,60 @@ class Tokenizer:
         assert set(table) == set(ByteLevel.alphabet())
         return table
 
-    def chat(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation under the checkpoint's chat template, ending where the assistant answers."""
+    @cached_property
+    def tool_calls(self) -> ToolCallFormat:
+        """How the model writes tool calls."""
+        return format_of_template(self._chat_template or "")
+
+    def chat(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> list[int]:
+        """A conversation under the checkpoint's chat template, ending where the assistant answers.
+
+        Only the template writes control tokens; those spelled out in messages are text. Hybrid models are asked not to
+        think first. Raises `UserError` when the template takes no such conversation.
+        """
         if not self._chat_template:
             raise UserError("This model has no chat template; use fill-in-the-middle or a plain prompt.")
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing is on purpose
-        from transformers.utils.chat_template_utils import render_jinja_template  # slow to import: only for a chat
+        if tools and self.tool_calls == "none":
+            raise UserError("This model's chat template knows no tools; ask without tools, or use another model.")
+        turns, offered = template_messages(messages), [tool_to_openai(tool) for tool in tools]
+        mark = _unused_character(self._chat_template, turns, offered)
+        text = render(
+            self._chat_template, self._defused(turns, mark), self._defused(offered, mark), {"enable_thinking": False}
+        )
+        ids: list[int] = []
+        for part in self._controls.split(text):
+            control = self._control_ids.get(part)
+            ids += [control] if control is not None else self.encode_text(part.replace(mark, ""))
+        return ids
 
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text in which nothing is a control token."""
+        self._fast.encode_special_tokens = True
         try:
-            rendered: Any = render_jinja_template(
-                conversations=[[dict(message) for message in messages]],
-                chat_template=self._chat_template,
-                add_generation_prompt=True,
-            )
-        except Exception as error:  # a template raises what its author wrote
-            raise UserError(f"The model's chat template refuses these messages: {error}.") from error
-        return self.encode(rendered[0][0])
+            return self.encode(text)
+        finally:
+            self._fast.encode_special_tokens = False
+
+    @cached_property
+    def _control_ids(self) -> dict[str, int]:
+        tokens = self._fast.get_added_tokens_decoder()
+        return {token.content: index for index, token in tokens.items() if token.special}
+
+    @cached_property
+    def _controls(self) -> re.Pattern[str]:
+        """Matches a control token; the longer of two where one begins the other."""
+        spelled = sorted(self._control_ids, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, spelled)) or '(?!)'})")
+
+    def _defused(self, value: Any, mark: str) -> Any:
+        """Put `mark` inside of control tokens that are spelled out in JSON values."""
+        if isinstance(value, str):
+            return self._controls.sub(lambda found: found[0][:1] + mark + found[0][1:], value)
+        if isinstance(value, list):
+            return [self._defused(item, mark) for item in value]
+        if isinstance(value, dict):
+            return {self._defused(key, mark): self._defused(item, mark) for key, item in value.items()}
+        return value
 
     def infill(self, prefix: str, suffix: str) -> list[int]:
         """Prefix, suffix, middle: the order that the Qwen2.5-Coder report (arXiv 2409.12186) gives."""
@@ -85,6 +125,12 @@ class Tokenizer:
             raise UserError("This model was not trained to fill in the middle; use a chat or a plain prompt.")
         head, tail = self.encode(prefix), self.encode(suffix)
         return [self.fim["prefix"], *head, self.fim["suffix"], *tail, self.fim["middle"]]
+
+
+def _unused_character(*values: Any) -> str:
+    """A character of Unicode's private use that occurs in none of the JSON values."""
+    used = set(json.dumps(values, ensure_ascii=False))
+    return next(chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
 
 
 class TextStream:

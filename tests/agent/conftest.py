@@ -16,7 +16,7 @@ from quick_runner import QuickRunner
 from lsp_agent.agent.fix import fix
 from lsp_agent.agent.request import FixRequest, FixResult, Limits
 from lsp_agent.cancel import CancelToken
-from lsp_agent.chat_model import Completion, Message, Sampling, Tier, TokenScore, Usage
+from lsp_agent.chat_model import Completion, Message, Sampling, Tier, TokenScore, ToolSchema, Usage
 from lsp_agent.workspace.workspace import Workspace
 
 
@@ -37,7 +37,12 @@ class FakeModel:
     closed: int = 0
 
     def chat(
-        self, messages: Sequence[Message], sampling: Sampling, cancel: CancelToken, n: int = 1
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        cancel: CancelToken,
+        n: int = 1,
+        tools: Sequence[ToolSchema] = (),
     ) -> list[Completion]:
         return self._answer("\n".join(m["content"] for m in messages), self.chats, cancel, n)
 

@@ -11,7 +11,7 @@ from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
 from lsp_agent.engine.drafting import PromptLookup
 from lsp_agent.engine.engine import Engine
-from lsp_agent.engine.generation import collect
+from lsp_agent.engine.answers import collect, total_usage
 from lsp_agent.errors import Cancelled, UserError
 
 PROMPT = "def add(a, b):\n    return a + b\n"
@@ -68,13 +68,14 @@ def test_the_same_seed_gives_the_same_answers_and_a_batch_equals_single_runs(tin
     engine = tiny_engine()
     ids = engine.tokenizer.encode(PROMPT)
     sampling = Sampling(max_tokens=12, temperature=1.0, seed=5)
-    batch, usage = collect(engine, ids, sampling, CancelToken(), n=3)
-    again, _ = collect(engine, ids, sampling, CancelToken(), n=3)
+    batch = collect(engine, ids, sampling, CancelToken(), n=3)
+    again = collect(engine, ids, sampling, CancelToken(), n=3)
     assert [answer.text for answer in batch] == [answer.text for answer in again]
-    single, _ = collect(engine, ids, sampling, CancelToken())
+    single = collect(engine, ids, sampling, CancelToken())
     assert single[0].text == batch[0].text
     assert len({answer.text for answer in batch}) == 3
-    assert usage.completion_tokens == sum(answer.usage.completion_tokens for answer in batch)
+    assert total_usage(batch).prompt_tokens == len(ids)
+    assert total_usage(batch).completion_tokens == sum(answer.usage.completion_tokens for answer in batch)
 
 
 def test_a_batch_goes_on_when_some_of_its_sequences_have_ended(tiny_engine):

@@ -9,13 +9,14 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tool_calls_samples import TOOLS, WRITERS, spelled_out, stream
 
+from lsp_agent.chat_model import ToolSchema, Usage
 from lsp_agent.engine.tool_calls import (
+    AnswerReader,
     CallEnd,
     CallStart,
-    ToolSchema,
-    assistant_message,
     call_from_openai,
     call_to_openai,
+    new_parser,
     parse_answer,
 )
 
@@ -91,6 +92,13 @@ def check_laws(text: str, call_format: str, cut_off: bool, data: st.DataObject) 
     assert spelled_out(whole) == text
     assert stream(cut(text, data), call_format, cut_off=cut_off) == whole
     assert stream(list(text), call_format, cut_off=cut_off) == whole
+    reader = AnswerReader(new_parser(call_format, TOOLS))
+    pieces = [piece for part in cut(text, data) for piece in reader.feed(part)] + reader.close(cut_off)
+    assert "".join(piece if isinstance(piece, str) else piece.raw for piece in pieces) == text
+    answer = reader.completion(cut_off, Usage(), None)
+    assert answer.text == "".join(piece for piece in pieces if isinstance(piece, str))
+    assert list(answer.tool_calls) == [piece for piece in pieces if not isinstance(piece, str)]
+    assert bool(answer.problems) == any(isinstance(e, CallEnd) and e.call.malformed for e in whole)
     starts = [event.index for event in whole if isinstance(event, CallStart)]
     ends = [event for event in whole if isinstance(event, CallEnd)]
     assert starts == [end.index for end in ends] == list(range(len(ends)))
@@ -135,8 +143,6 @@ def test_arguments_survive_the_format(call_format, made, before, after) -> None:
         (name, arguments, raw) for (name, (_, arguments)), raw in zip(tools.items(), written, strict=True)
     ]
     assert not any(call.errors or call.repairs for call in answer.calls)
-    message = assistant_message(answer.text, answer.calls)
-    assert tuple(call_from_openai(entry) for entry in message["tool_calls"]) == answer.calls
 
 
 # What the format itself goes on with after a value: only before these is a literal closing tag taken for the real one.

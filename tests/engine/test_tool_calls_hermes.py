@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from tool_calls_samples import TOOLS, spelled_out, stream, write_hermes
 
-from lsp_agent.engine.tool_calls import CallStart, ParsedAnswer, Problem, Repair, new_parser, parse_answer
+from lsp_agent.chat_model import Problem, Repair
+from lsp_agent.engine.tool_calls import CallStart, ParsedAnswer, new_parser, parse_answer
 
 CALL = write_hermes("read_file", {"path": "a.py"})
 JSON = CALL.splitlines()[1]

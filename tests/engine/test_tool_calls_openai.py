@@ -6,15 +6,15 @@ import json
 
 import pytest
 from tool_calls_samples import READ, TOOLS, WRITERS
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from lsp_agent.chat_model import Message, Problem, ToolCall
+from lsp_agent.engine.chat_template import render
 from lsp_agent.engine.tool_calls import (
-    Problem,
-    ToolCall,
-    assistant_message,
     call_from_openai,
     call_to_openai,
-    delta_to_openai,
+    format_of_template,
+    message_from_openai,
+    message_to_openai,
     new_parser,
     parse_answer,
     template_messages,
@@ -63,27 +63,21 @@ def test_tools_go_there_and_back() -> None:
     assert tool_from_openai({"name": "bare"}).parameters == {}
 
 
-@pytest.mark.parametrize("call_format", ["qwen3_coder", "hermes"])
-def test_streamed_deltas_add_up_to_the_message(call_format) -> None:
-    written = [WRITERS[call_format](name, {"path": "a", "content": "b"}) for name in ("write_file", "read_file")]
-    text = "I write.\n" + "\n".join(written) + "\nDone."
-    parser = new_parser(call_format, TOOLS)
-    events = [event for character in text for event in parser.feed(character)] + parser.close()
-    content, calls = "", {}
-    for delta in map(delta_to_openai, events):
-        content += delta.get("content", "")
-        for part in delta.get("tool_calls", ()):
-            call = calls.setdefault(part["index"], {"function": {"name": "", "arguments": ""}})
-            function = part.pop("function")
-            call.update({key: value for key, value in part.items() if key != "index"})
-            for key, value in function.items():
-                call["function"][key] += value
-    parsed = parse_answer(text, call_format, TOOLS)
-    expected = assistant_message(parsed.text, parsed.calls)["tool_calls"]
-    for entry, call in zip(expected, calls.values(), strict=True):
-        entry["id"] = call["id"]
-    assert content == parsed.text == "I write.\n\n\nDone."
-    assert list(calls.values()) == expected
+def test_messages_go_there_and_back() -> None:
+    conversation: list[Message] = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "I read.", "tool_calls": [CALL]},
+        {"role": "tool", "content": "text", "tool_call_id": "call_1"},
+    ]
+    sent = json.loads(json.dumps([message_to_openai(message) for message in conversation]))
+    assert [message_from_openai(entry) for entry in sent] == conversation
+
+
+def test_other_clients_messages_are_read() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert message_from_openai({"role": "user", "content": parts, "name": "x"}) == {"role": "user", "content": "ab"}
+    assert message_from_openai({"role": "assistant", "content": None})["content"] == ""
+    assert message_from_openai({"role": "assistant", "tool_calls": []}) == {"role": "assistant", "content": ""}
 
 
 # Writes calls the way the families' own templates do, in the smallest form.
@@ -92,35 +86,38 @@ TEMPLATES = {
         "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>\n<function="
         "{{ c.function.name }}>\n{% for k, v in c.function.arguments|items %}<parameter={{ k }}>\n"
         "{{ v|tojson if v is mapping else v|string }}\n</parameter>\n{% endfor %}</function>\n</tool_call>"
-        "{% endfor %}{% endfor %}"
+        "{% endfor %}{% endfor %}{{ tools }}"
     ),
     "hermes": (
         "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>\n"
         '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments|tojson }}}\n</tool_call>'
-        "{% endfor %}{% endfor %}"
+        "{% endfor %}{% endfor %}{{ tools }}"
     ),
+    "none": "{% for m in messages %}{{ m.content }}{% endfor %}",
 }
 
 
 @pytest.mark.parametrize("call_format", ["qwen3_coder", "hermes"])
-@pytest.mark.parametrize("entry", [CALL, call_to_openai(CALL)], ids=["call", "entry"])
-def test_a_chat_template_takes_the_normalised_message_and_the_parser_reads_it_back(call_format, entry) -> None:
-    history = [{"role": "assistant", "content": None, "tool_calls": [entry]}]
-    messages = template_messages(history)
-    assert history == [{"role": "assistant", "content": None, "tool_calls": [entry]}]
-    ((rendered,), _) = render_jinja_template(
-        [messages], chat_template=TEMPLATES[call_format], tools=[tool_to_openai(READ)]
-    )
+def test_a_chat_template_takes_the_message_and_the_parser_reads_it_back(call_format) -> None:
+    messages = template_messages([{"role": "assistant", "content": "", "tool_calls": [CALL]}])
+    rendered = render(TEMPLATES[call_format], messages, [tool_to_openai(READ)], {})
     (call,) = parse_answer(rendered, call_format, TOOLS).calls
     assert (call.name, call.arguments) == (CALL.name, CALL.arguments)
 
 
-def test_messages_without_calls_stay_as_they_are() -> None:
-    messages = [{"role": "user", "content": "hi"}, {"role": "tool", "tool_call_id": "call_1", "content": "text"}]
+@pytest.mark.parametrize("call_format", ["qwen3_coder", "hermes", "none"])
+def test_a_template_tells_its_format(call_format) -> None:
+    assert format_of_template(TEMPLATES[call_format]) == call_format
+
+
+def test_messages_for_templates() -> None:
+    messages: list[Message] = [
+        {"role": "user", "content": "hi\n"},
+        {"role": "tool", "tool_call_id": "call_1", "content": "text\n"},
+    ]
     assert template_messages(messages) == messages
-    broken = {"id": "x", "function": {"name": "read_file", "arguments": "{"}}
-    (message,) = template_messages([{"role": "assistant", "tool_calls": [broken]}])
-    assert message["tool_calls"][0]["function"]["arguments"] == {}
+    (message,) = template_messages([{"role": "assistant", "content": "I read.\n\n", "tool_calls": [CALL]}])
+    assert message["content"] == "I read."
 
 
 def test_events_of_a_call_have_one_id() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from tool_calls_samples import TOOLS, spelled_out, stream, write_qwen3_coder
 
-from lsp_agent.engine.tool_calls import CallEnd, CallStart, ParsedAnswer, Problem, Repair, TextDelta, new_parser
+from lsp_agent.chat_model import Problem, Repair
+from lsp_agent.engine.tool_calls import CallEnd, CallStart, ParsedAnswer, TextDelta, new_parser
 from lsp_agent.engine.tool_calls import parse_answer as parse_any
 
 CALL = write_qwen3_coder("read_file", {"path": "a.py"})

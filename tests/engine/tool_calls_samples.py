@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lsp_agent.engine.tool_calls import CallEnd, CallStart, Event, TextDelta, ToolCallFormat, ToolSchema, new_parser
+from lsp_agent.chat_model import ToolSchema
+from lsp_agent.engine.tool_calls import CallEnd, CallStart, Event, TextDelta, ToolCallFormat, new_parser
 
 READ = ToolSchema(
     "read_file",

@@ -21,7 +21,9 @@ from typing import Any
 import httpx
 
 from lsp_agent.cancel import CancelToken
-from lsp_agent.chat_model import Completion, Message, Sampling, Tier, TokenScore, Usage
+from lsp_agent.chat_model import Completion, Message, Sampling, Tier, TokenScore, ToolSchema
+from lsp_agent.engine.service.shapes import completions
+from lsp_agent.engine.tool_calls import message_to_openai, tool_to_openai
 from lsp_agent.errors import Cancelled, PromptTooLong, UserError
 from lsp_agent.paths import state_dir
 
@@ -158,16 +160,23 @@ class EngineModel:
         self._http = httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=None)  # noqa: S113
 
     def chat(
-        self, messages: Sequence[Message], sampling: Sampling, cancel: CancelToken, n: int = 1
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        cancel: CancelToken,
+        n: int = 1,
+        tools: Sequence[ToolSchema] = (),
     ) -> list[Completion]:
         """See `ChatModel.chat`."""
-        answer = self._post("/v1/chat/completions", {"messages": list(messages), **_body(sampling, n)}, cancel)
-        return _completions(answer, lambda choice: choice["message"]["content"])
+        body = {"messages": [message_to_openai(message) for message in messages], **_body(sampling, n)}
+        if tools:
+            body["tools"] = [tool_to_openai(tool) for tool in tools]
+        return completions(self._post("/v1/chat/completions", body, cancel))
 
     def infill(self, prefix: str, suffix: str, sampling: Sampling, cancel: CancelToken, n: int = 1) -> list[Completion]:
         """See `ChatModel.infill`."""
         answer = self._post("/v1/completions", {"prompt": prefix, "suffix": suffix, **_body(sampling, n)}, cancel)
-        return _completions(answer, lambda choice: choice["text"])
+        return completions(answer)
 
     def score(self, text: str, cancel: CancelToken) -> list[TokenScore]:
         """See `ChatModel.score`."""
@@ -233,22 +242,6 @@ class EngineModel:
 
 def _body(sampling: Sampling, n: int) -> dict[str, Any]:
     return {**asdict(sampling), "stop": list(sampling.stop), "n": n}
-
-
-def _completions(answer: dict[str, Any], text_of: Any) -> list[Completion]:
-    usage = answer["usage"]
-    choices = answer["choices"]
-    # The usage of a request counts its prompt once; give it to the first completion only, so that sums are right.
-    total = Usage(usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"], usage["completion_tokens"])
-    return [
-        Completion(
-            text_of(choice),
-            choice["finish_reason"],
-            total if index == 0 else Usage(),
-            choice["logprobs"]["mean_logprob"],
-        )
-        for index, choice in enumerate(choices)
-    ]
 
 
 def _error(response: httpx.Response) -> UserError:

@@ -10,12 +10,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from lsp_agent.chat_model import ToolCall, ToolSchema
+from lsp_agent.engine.tool_calls.answer import AnswerReader, Piece
 from lsp_agent.engine.tool_calls.hermes import HermesParser
 from lsp_agent.engine.tool_calls.openai import (
-    assistant_message,
     call_from_openai,
     call_to_openai,
-    delta_to_openai,
+    message_from_openai,
+    message_to_openai,
+    problem_from_openai,
+    problem_to_openai,
     template_messages,
     tool_from_openai,
     tool_to_openai,
@@ -23,40 +27,48 @@ from lsp_agent.engine.tool_calls.openai import (
 from lsp_agent.engine.tool_calls.parser import CallEnd, CallStart, Event, TextDelta, ToolCallParser
 from lsp_agent.engine.tool_calls.plain import PlainParser
 from lsp_agent.engine.tool_calls.qwen3_coder import Qwen3CoderParser
-from lsp_agent.engine.tool_calls.schema import Problem, Repair, ToolCall, ToolCallError, ToolSchema
 
 __all__ = [
+    "AnswerReader",
     "CallEnd",
     "CallStart",
     "Event",
     "ParsedAnswer",
-    "Problem",
-    "Repair",
+    "Piece",
     "TextDelta",
-    "ToolCall",
-    "ToolCallError",
     "ToolCallFormat",
     "ToolCallParser",
-    "ToolSchema",
-    "assistant_message",
     "call_from_openai",
     "call_to_openai",
-    "delta_to_openai",
+    "format_of_template",
+    "message_from_openai",
+    "message_to_openai",
     "new_parser",
     "parse_answer",
+    "problem_from_openai",
+    "problem_to_openai",
     "template_messages",
     "tool_from_openai",
     "tool_to_openai",
 ]
 
 ToolCallFormat = Literal["hermes", "qwen3_coder", "none"]
-"""How a model writes calls: `chat.tool_calls` of its manifest."""
+"""How a model writes calls."""
 
 _PARSERS: dict[ToolCallFormat, type[ToolCallParser]] = {
     "hermes": HermesParser,
     "qwen3_coder": Qwen3CoderParser,
     "none": PlainParser,
 }
+
+
+def format_of_template(chat_template: str) -> ToolCallFormat:
+    """Tell how a model writes calls: its chat template describes the format to it."""
+    if "tools" not in chat_template:
+        return "none"
+    if "<function=" in chat_template:
+        return "qwen3_coder"
+    return "hermes" if "<tool_call>" in chat_template else "none"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lsp_agent.chat_model import Problem, Repair, ToolCallError, ToolSchema
 from lsp_agent.engine.tool_calls.parser import (
     CALL_CLOSE,
     CALL_OPEN,
@@ -21,7 +22,7 @@ from lsp_agent.engine.tool_calls.parser import (
     View,
     absorb_closers,
 )
-from lsp_agent.engine.tool_calls.schema import Argument, Problem, Repair, ToolCallError, ToolSchema
+from lsp_agent.engine.tool_calls.schema import Argument
 from lsp_agent.engine.tool_calls.values import decode_json, decode_lenient
 
 _ARGUMENT_KEYS = ("arguments", "parameters")

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lsp_agent.engine.tool_calls.parser import CallEnd, CallStart, Event
-from lsp_agent.engine.tool_calls.schema import (
-    Argument,
-    Problem,
-    Repair,
-    ToolCall,
-    ToolCallError,
-    ToolSchema,
-    check_arguments,
-)
+from lsp_agent.chat_model import Message, Problem, Repair, ToolCall, ToolCallError, ToolSchema
+from lsp_agent.engine.tool_calls.schema import Argument, check_arguments
 from lsp_agent.engine.tool_calls.values import decode_json
 
 OURS = "lsp_agent"
@@ -36,6 +28,16 @@ def tool_to_openai(tool: ToolSchema) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
+def problem_to_openai(error: ToolCallError) -> dict[str, Any]:
+    """Write what was wrong with a call, as it stands under `OURS`."""
+    return {"problem": error.problem.value, "message": error.message, "parameter": error.parameter}
+
+
+def problem_from_openai(entry: Mapping[str, Any]) -> ToolCallError:
+    """Read what `problem_to_openai` wrote."""
+    return ToolCallError(Problem(entry["problem"]), entry["message"], entry["parameter"])
+
+
 def call_to_openai(call: ToolCall) -> dict[str, Any]:
     """Write a call as an entry of an answer's `tool_calls`; nothing of it is lost (see `OURS`)."""
     entry: dict[str, Any] = {
@@ -43,10 +45,7 @@ def call_to_openai(call: ToolCall) -> dict[str, Any]:
         "type": "function",
         "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
     }
-    errors = [
-        {"problem": error.problem.value, "message": error.message, "parameter": error.parameter}
-        for error in call.errors
-    ]
+    errors = [problem_to_openai(error) for error in call.errors]
     ours = {"raw": call.raw, "errors": errors, "repairs": [repair.value for repair in call.repairs]}
     return {**entry, OURS: ours} if any(ours.values()) else entry
 
@@ -59,7 +58,7 @@ def call_from_openai(entry: Mapping[str, Any], tools: Iterable[ToolSchema] | Non
     """
     function = entry["function"]
     ours = entry.get(OURS) or {}
-    errors = [ToolCallError(Problem(e["problem"]), e["message"], e["parameter"]) for e in ours.get("errors", ())]
+    errors = [problem_from_openai(error) for error in ours.get("errors", ())]
     repairs = tuple(Repair(repair) for repair in ours.get("repairs", ()))
     arguments = _arguments(function.get("arguments"))
     if arguments is None:
@@ -70,49 +69,44 @@ def call_from_openai(entry: Mapping[str, Any], tools: Iterable[ToolSchema] | Non
     return ToolCall(entry.get("id") or "", function["name"], arguments, ours.get("raw", ""), tuple(errors), repairs)
 
 
-def delta_to_openai(event: Event) -> dict[str, Any]:
-    """Write one event as the `delta` of a streamed chunk: a call's head when it starts, its arguments when it ends."""
-    if isinstance(event, CallStart):
-        head = {"index": event.index, "id": event.id, "type": "function"}
-        return {"tool_calls": [{**head, "function": {"name": event.name, "arguments": ""}}]}
-    if isinstance(event, CallEnd):
-        entry = call_to_openai(event.call)
-        body = {"index": event.index, "function": {"arguments": entry["function"]["arguments"]}}
-        if OURS in entry:
-            body[OURS] = entry[OURS]
-        return {"tool_calls": [body]}
-    return {"content": event.text}
+def message_to_openai(message: Message) -> dict[str, Any]:
+    """Write a message in OpenAI's shape."""
+    entry: dict[str, Any] = dict(message)
+    if calls := message.get("tool_calls"):
+        entry["tool_calls"] = [call_to_openai(call) for call in calls]
+    return entry
 
 
-def assistant_message(content: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
-    """Build the assistant's message of an answer in OpenAI's shape."""
-    message: dict[str, Any] = {"role": "assistant", "content": content}
-    if calls:
-        message["tool_calls"] = [call_to_openai(call) for call in calls]
+def message_from_openai(entry: Mapping[str, Any]) -> Message:
+    """Read a message of a request: its content may be missing or a list of text parts."""
+    content = entry.get("content") or ""
+    if not isinstance(content, str):
+        content = "".join(part["text"] for part in content)
+    message: Message = {"role": entry["role"], "content": content}
+    if calls := entry.get("tool_calls"):
+        message["tool_calls"] = [call_from_openai(call) for call in calls]
+    if call_id := entry.get("tool_call_id"):
+        message["tool_call_id"] = call_id
     return message
 
 
-def template_messages(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Make messages fit for `apply_chat_template`: contents are strings, arguments of tool calls are mappings.
+def template_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    """Make messages fit for `apply_chat_template`, whose templates want the arguments of tool calls as mappings.
 
-    Arguments that are no JSON object are given as none, since a template can only write a mapping; other keys of a
-    message stay as they are.
+    What stands between text and calls is the template's to write, so the text's last line breaks are left out there.
     """
-    normal = []
-    for message in messages:
-        fit = {**message, "content": message.get("content") or ""}
-        if calls := fit.pop("tool_calls", None):
-            fit["tool_calls"] = [_template_call(call) for call in calls]
-        normal.append(fit)
-    return normal
+    return [_template_message(message) for message in messages]
 
 
-def _template_call(call: Mapping[str, Any] | ToolCall) -> dict[str, Any]:
-    if isinstance(call, ToolCall):
-        call = call_to_openai(call)
-    function = call["function"]
-    body = {"name": function["name"], "arguments": _arguments(function.get("arguments")) or {}}
-    return {"id": call.get("id") or "", "type": "function", "function": body}
+def _template_message(message: Message) -> dict[str, Any]:
+    entry: dict[str, Any] = dict(message)
+    if calls := message.get("tool_calls"):
+        entry["content"] = message["content"].rstrip()
+        entry["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
+            for call in calls
+        ]
+    return entry
 
 
 def _arguments(arguments: Any) -> dict[str, Any] | None:

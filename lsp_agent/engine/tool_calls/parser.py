@@ -13,15 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lsp_agent.engine.tool_calls.schema import (
-    Argument,
-    Problem,
-    Repair,
-    ToolCall,
-    ToolCallError,
-    ToolSchema,
-    check_arguments,
-)
+from lsp_agent.chat_model import Problem, Repair, ToolCall, ToolCallError, ToolSchema
+from lsp_agent.engine.tool_calls.schema import Argument, check_arguments
 
 CALL_OPEN = "<tool_call>"
 CALL_CLOSE = "</tool_call>"

@@ -19,6 +19,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lsp_agent.chat_model import Repair, ToolSchema
 from lsp_agent.engine.tool_calls.parser import (
     CALL_CLOSE,
     CALL_OPEN,
@@ -36,7 +37,7 @@ from lsp_agent.engine.tool_calls.qwen3_tags import (
     PARAMETER_OPEN,
     tag_at,
 )
-from lsp_agent.engine.tool_calls.schema import Argument, Repair, ToolSchema
+from lsp_agent.engine.tool_calls.schema import Argument
 
 _IN_VALUE = re.compile("|".join(map(re.escape, (PARAMETER_CLOSE, FUNCTION_CLOSE, PARAMETER_OPEN, FUNCTION_OPEN))))
 _OPENER = re.compile(f"{CALL_OPEN}|{FUNCTION_OPEN}")

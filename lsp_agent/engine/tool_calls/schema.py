@@ -1,100 +1,14 @@
-"""What a tool offers, what a model asked of it, and what was wrong with the asking."""
+"""A call's arguments against the tool's schema: typed, or refused in sentences for the model."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from typing import Any
 
+from lsp_agent.chat_model import Problem, ToolCallError, ToolSchema
 from lsp_agent.engine.tool_calls.values import InvalidValueError, from_json, from_text
-
-
-@dataclass(frozen=True)
-class ToolSchema:
-    """One tool. `parameters` is the JSON schema (an object schema) of its arguments.
-
-    Names outside `properties` are refused unless the schema allows them: it has no `properties`, or it says
-    `additionalProperties`.
-    """
-
-    name: str
-    description: str = ""
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def properties(self) -> Mapping[str, Any]:
-        """The schema of each declared parameter."""
-        return self.parameters.get("properties") or {}
-
-    @property
-    def required(self) -> Sequence[str]:
-        """The parameters that a call must give."""
-        return self.parameters.get("required") or ()
-
-    def schema_of(self, parameter: str) -> Mapping[str, Any] | None:
-        """Give the schema of one parameter, or None when the tool has no such parameter."""
-        if parameter in self.properties:
-            declared = self.properties[parameter]
-            return declared if isinstance(declared, Mapping) else {}
-        additional = self.parameters.get("additionalProperties", not self.properties)
-        if isinstance(additional, Mapping):
-            return additional
-        return {} if additional else None
-
-
-class Problem(StrEnum):
-    """Why a call cannot be run as it stands."""
-
-    UNKNOWN_TOOL = "unknown_tool"
-    UNKNOWN_PARAMETER = "unknown_parameter"
-    MISSING_PARAMETER = "missing_parameter"
-    DUPLICATE_PARAMETER = "duplicate_parameter"
-    INVALID_VALUE = "invalid_value"
-    MALFORMED = "malformed"
-    CUT_OFF = "cut_off"
-
-
-class Repair(StrEnum):
-    """A slip of form that the parser mended without asking the model again; counted apart in evaluations."""
-
-    MISSING_OPENER = "missing_opener"
-    DOUBLED_OPENER = "doubled_opener"
-    MISSING_CLOSER = "missing_closer"
-    DOUBLED_CLOSER = "doubled_closer"
-    STRAY_TEXT = "stray_text"
-    LENIENT_JSON = "lenient_json"
-
-
-@dataclass(frozen=True)
-class ToolCallError:
-    """One thing wrong with a call; `message` is a sentence to show to the model."""
-
-    problem: Problem
-    message: str
-    parameter: str | None = None
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """One call as the model made it. Run it only when `errors` is empty.
-
-    `raw` is the exact span of the answer that it came from (empty when it came from elsewhere); `arguments` holds
-    JSON values. After errors `arguments` holds what could be read, and `name` is empty when not even that could.
-    """
-
-    id: str
-    name: str
-    arguments: dict[str, Any]
-    raw: str = ""
-    errors: tuple[ToolCallError, ...] = ()
-    repairs: tuple[Repair, ...] = ()
-
-    @property
-    def error_text(self) -> str:
-        """All errors, one sentence a line: the tool's answer to the model. Empty when the call can be run."""
-        return "\n".join(error.message for error in self.errors)
 
 
 @dataclass(frozen=True)

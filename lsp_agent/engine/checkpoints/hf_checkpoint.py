@@ -8,8 +8,11 @@ projection, which Hugging Face orders by key head (q, k, v, z of head 0, then of
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,7 @@ BLOCK_NAMES = {
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
 }
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 IGNORED = re.compile(r"mtp\.|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")
 """The draft head of multi-token prediction, and tables that old checkpoints carry."""
 
@@ -56,43 +60,58 @@ _DECAY = re.compile(r"model\.layers\.(\d+)\.linear_attn\.(A_log|dt_bias)$")
 
 @dataclass(frozen=True)
 class HfTensor:
-    """Rows of one or more safetensors under a GGUF name; `rows_of` picks and orders the rows of the only piece."""
+    """Rows of one or more safetensors under a GGUF name; `runs` (first row, end) picks rows of the only piece."""
 
     name: str
     pieces: tuple[SafeTensor, ...]
-    rows_of: np.ndarray | None = None
+    runs: tuple[tuple[int, int], ...] | None = None
     transform: Callable[[np.ndarray], np.ndarray] | None = None
 
-    @property
+    @cached_property
     def type(self) -> Type:
-        """See `CheckpointTensor.type`."""
-        return Type.F32 if self.transform else self.pieces[0].type
+        """See `CheckpointTensor.type`; pieces of several types are read as fp32."""
+        kinds = {piece.type for piece in self.pieces}
+        return Type.F32 if self.transform or len(kinds) > 1 else kinds.pop()
+
+    @cached_property
+    def _sources(self) -> list[tuple[SafeTensor, int]]:
+        """The piece of each run of rows, and its first row there."""
+        if self.runs is not None:
+            return [(self.pieces[0], start) for start, _ in self.runs]
+        return [(piece, 0) for piece in self.pieces]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Where each source begins among our rows, and the end."""
+        lengths = (piece.rows for piece in self.pieces)
+        if self.runs is not None:
+            lengths = (stop - start for start, stop in self.runs)
+        return [0, *accumulate(lengths)]
 
     @property
     def rows(self) -> int:
         """See `CheckpointTensor.rows`."""
-        return sum(piece.rows for piece in self.pieces) if self.rows_of is None else len(self.rows_of)
+        return self._starts[-1]
 
     @property
     def columns(self) -> int:
-        """See `CheckpointTensor.columns`."""
-        return self.pieces[0].columns
+        """See `CheckpointTensor.columns`; 0 where the pieces differ."""
+        return self.pieces[0].columns if len({piece.columns for piece in self.pieces}) == 1 else 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """See `CheckpointTensor.read`."""
-        if self.rows_of is not None:
-            return self.pieces[0].read(self.rows_of[start:stop])
-        chunks, first = [], 0
-        for piece in self.pieces:
-            low, high = max(start - first, 0), min(stop - first, piece.rows)
-            if low < high:
-                chunks.append(piece.read(slice(low, high)))
-            first += piece.rows
-        raw = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
-        if self.transform is None:
+        chunks = []
+        for index in range(bisect_right(self._starts, start) - 1, bisect_left(self._starts, stop)):
+            (piece, offset), first = self._sources[index], self._starts[index]
+            low, high = max(start, first), min(stop, self._starts[index + 1])
+            chunks.append(self._as_type(piece, piece.read(offset + low - first, offset + high - first)))
+        return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+    def _as_type(self, piece: SafeTensor, raw: np.ndarray) -> np.ndarray:
+        if self.transform is None and piece.type == self.type:
             return raw
-        values = quants.dequantize(np.ascontiguousarray(raw), self.pieces[0].type)
-        return self.transform(values.astype(np.float32)).astype(np.float32).view(np.uint8)
+        values = quants.dequantize(raw, piece.type).astype(np.float32)
+        return (values if self.transform is None else self.transform(values).astype(np.float32)).view(np.uint8)
 
 
 class HfCheckpoint:
@@ -114,15 +133,27 @@ class HfCheckpoint:
     def _find_shards(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"
         if not index.exists():
-            return [self.path / "model.safetensors"]
+            return self._shards_without_index()
         weight_map = tokenizer_import.read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise UserError(f"{index} is damaged; download it again.")
-        names = sorted(set(weight_map.values()))
+        names = sorted(set(map(str, weight_map.values())))
         absent = [name for name in names if Path(name).name != name or not (self.path / name).is_file()]
         if absent:
             raise UserError(f"{self.path} lacks {', '.join(absent)}; download the rest of the checkpoint.")
         return [self.path / name for name in names]
+
+    def _shards_without_index(self) -> list[Path]:
+        if (self.path / "model.safetensors").is_file():
+            return [self.path / "model.safetensors"]
+        if any(self.path.glob("*.safetensors")):
+            raise UserError(f"{self.path} lacks model.safetensors.index.json; download the rest of the checkpoint.")
+        if any(file for pattern in PICKLES for file in self.path.glob(pattern)):
+            raise UserError(
+                f"{self.path} holds its weights as pickle files, which can run code and are never loaded; use a "
+                "checkpoint in safetensors or GGUF format."
+            )
+        raise UserError(f"{self.path} holds no safetensors files; use a complete checkpoint of the model.")
 
     def _present(self, loaded: dict[str, SafeTensor]) -> Iterator[HfTensor]:
         experts: dict[str, dict[int, SafeTensor]] = {}
@@ -165,11 +196,11 @@ class HfCheckpoint:
         if tensor.rows != linear.key_heads * head:
             yield HfTensor(f"{prefix}.attn_qkv.weight", (tensor,))  # misshapen: the import names it
             return
-        order = np.arange(tensor.rows).reshape(linear.key_heads, head)
-        cuts = np.cumsum([linear.key_size, linear.key_size, values])
-        query, key, value, gate = (part.reshape(-1) for part in np.split(order, cuts, axis=1))
-        yield HfTensor(f"{prefix}.attn_qkv.weight", (tensor,), np.concatenate([query, key, value]))
-        yield HfTensor(f"{prefix}.attn_gate.weight", (tensor,), gate)
+        heads = range(0, tensor.rows, head)
+        cuts = (0, linear.key_size, 2 * linear.key_size, 2 * linear.key_size + values, head)
+        query, key, value, gate = ([(first + start, first + stop) for first in heads] for start, stop in pairwise(cuts))
+        yield HfTensor(f"{prefix}.attn_qkv.weight", (tensor,), (*query, *key, *value))
+        yield HfTensor(f"{prefix}.attn_gate.weight", (tensor,), tuple(gate))
 
     @property
     def architecture(self) -> str:
@@ -200,7 +231,7 @@ def _with_scales(loaded: dict[str, SafeTensor], path: Path) -> dict[str, SafeTen
             blocks = (-(-tensor.rows // 128), -(-tensor.columns // 128))
             if scale is None or scale.dtype == FLOAT8 or scale.shape != blocks:
                 raise UserError(f"{path} lacks the scales {blocks} of the FP8 tensor {name}; download it again.")
-            values = quants.dequantize(np.ascontiguousarray(scale.raw), scale.type).astype(np.float32)
+            values = quants.dequantize(scale.read(0, scale.rows), scale.type).astype(np.float32)
             tensor = replace(tensor, block_scales=values.reshape(blocks))
         result[name] = tensor
     return result

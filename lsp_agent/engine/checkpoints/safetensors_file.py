@@ -1,11 +1,13 @@
-"""One safetensors file: its header, and the rows of its tensors as bytes of the mapped file. Never runs code of it."""
+"""One safetensors file: its header, and the rows of its tensors as bytes. Never runs code of it."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -23,9 +25,36 @@ _WIDTH = {"F32": 4, "F16": 2, "BF16": 2, FLOAT8: 1}
 _FLOAT8_VALUES = np.arange(256, dtype=np.uint8).view(float8_e4m3fn).astype(np.float32)
 
 
+class ShardFile:
+    """A file that several threads read at once: by `pread`, so that no page of it stays mapped into the process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, path.open("rb", buffering=0)
+        self._lock = Lock()
+
+    def read(self, offset: int, count: int) -> np.ndarray:
+        """`count` bytes at `offset`; raises `UserError` when the file lacks them or cannot be read."""
+        buffer, done = np.empty(count, np.uint8), 0
+        try:
+            while done < count:
+                done += (got := self._read_some(buffer.data[done:], offset + done))
+                if not got:
+                    raise UserError(f"{self._path} is truncated; download it again.")
+        except OSError as error:
+            raise UserError(f"Cannot read {self._path}: {error.strerror}; check its disk.") from error
+        return buffer
+
+    def _read_some(self, into: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [into], offset)
+        with self._lock:  # Windows
+            self._file.seek(offset)
+            return self._file.readinto(into) or 0
+
+
 @dataclass(frozen=True)
 class SafeTensor:
-    """A tensor as `raw` bytes [rows, bytes a row]; rows are all dimensions but the last, one for a vector.
+    """A tensor whose bytes begin at `offset` of `file`; rows are all dimensions but the last, one for a vector.
 
     Of FP8 tensors `block_scales` [rows / 128, columns / 128] multiply the blocks; such rows are read as fp32.
     """
@@ -33,7 +62,8 @@ class SafeTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    raw: np.ndarray
+    file: ShardFile
+    offset: int
     block_scales: np.ndarray | None = None
 
     @property
@@ -51,15 +81,18 @@ class SafeTensor:
         """The type that `read` returns."""
         return TYPES.get(self.dtype, Type.F32)
 
-    def read(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Bytes [n, bytes a row] of `type`."""
-        raw = self.raw[rows]
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The bytes [stop - start, bytes a row] of some rows, of `type`."""
+        each = self.columns * _WIDTH[self.dtype]
+        raw = self.file.read(self.offset + start * each, (stop - start) * each).reshape(stop - start, each)
         if self.dtype != FLOAT8:
             return raw
         assert self.block_scales is not None
-        index = np.arange(self.rows)[rows] // FLOAT8_BLOCK
-        scales = np.repeat(self.block_scales[index], FLOAT8_BLOCK, axis=1)[:, : self.columns]
-        return (_FLOAT8_VALUES[raw] * scales).view(np.uint8)
+        values = _FLOAT8_VALUES[raw]
+        scales = np.repeat(self.block_scales, FLOAT8_BLOCK, axis=1)[:, : self.columns]
+        for block in range(start // FLOAT8_BLOCK, -(-stop // FLOAT8_BLOCK)):
+            values[max(block * FLOAT8_BLOCK - start, 0) : (block + 1) * FLOAT8_BLOCK - start] *= scales[block]
+        return values.view(np.uint8)
 
 
 def read_safetensors(path: Path) -> dict[str, SafeTensor]:
@@ -71,21 +104,23 @@ def read_safetensors(path: Path) -> dict[str, SafeTensor]:
             if not 2 <= length <= min(MOST_HEADER_BYTES, size - 8):
                 raise ValueError("no header")
             header = json.loads(file.read(length))
-        data = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else np.empty(0, np.uint8)
         header.pop("__metadata__", None)
-        return {name: _tensor(name, entry, data) for name, entry in header.items()}
+        shard = ShardFile(path)
+        return {name: _tensor(name, entry, shard, 8 + length, size) for name, entry in header.items()}
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}; check the path.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is truncated or damaged ({error}); download it again.") from error
 
 
-def _tensor(name: str, entry: dict[str, Any], data: np.ndarray) -> SafeTensor:
+def _tensor(name: str, entry: dict[str, Any], shard: ShardFile, data: int, size: int) -> SafeTensor:
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in _WIDTH:
         raise UserError(f"Tensor {name} has the type {dtype}, which is not supported; use a BF16 or FP8 checkpoint.")
     shape = tuple(int(n) for n in shape)
-    if end - start != math.prod(shape) * _WIDTH[dtype] or not 0 <= start <= end <= data.size:
+    start, end = int(start), int(end)
+    if min(shape, default=1) < 1 or end - start != math.prod(shape) * _WIDTH[dtype]:
         raise ValueError(f"tensor {name} has a wrong size")
-    rows = math.prod(shape[:-1])
-    return SafeTensor(name, str(dtype), shape, data[start:end].reshape(rows, -1))
+    if not 0 <= start <= end <= size - data:
+        raise ValueError(f"tensor {name} lies outside the file")
+    return SafeTensor(name, str(dtype), shape, shard, data + start)

@@ -80,7 +80,7 @@ class _Packed:
         _external(tensor, location, offset, length, {"prepacked_0": entry} if entry else {})
 
 
-def prepare(model: ModelProto, folder: Path, on_progress: Progress | None = None) -> None:
+def page_experts_in(model: ModelProto, folder: Path, on_progress: Progress | None = None) -> None:
     """Let the routed experts of `model`, a graph over the package `folder`, page in from its prepacked file.
 
     Makes the file first if this machine has none yet: a node at a time, with the memory of one node's packed experts

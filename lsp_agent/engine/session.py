@@ -17,6 +17,7 @@ from lsp_agent.engine.device import CpuDevice, Device, bind_input, bind_output
 from lsp_agent.engine.embedding import Embedding
 from lsp_agent.engine.graph import Accuracy, GraphBuilder
 from lsp_agent.engine.package import Package
+from lsp_agent.engine.prepacked import page_experts_in
 from lsp_agent.engine.state import State
 from lsp_agent.errors import Cancelled, UserError
 
@@ -38,9 +39,12 @@ class Decoder:
         self._element = np.dtype(graph.element)
         self._shared_memory = graph.in_memory  # the session reads it without owning it
         options = graph.session_options(threads)
+        model = graph.model()
+        if self.device.name == "cpu" and accuracy == "fast":
+            page_experts_in(model, package.path)
         try:
             self._session = ort.InferenceSession(
-                graph.model().SerializeToString(), options, providers=self.device.providers({})
+                model.SerializeToString(), options, providers=self.device.providers({})
             )
         except Exception as error:  # ORT raises its own untyped errors
             raise UserError(f"ONNX Runtime cannot load {package.path} ({error}); import the model again.") from error

@@ -39,7 +39,10 @@ class _Renderer:
 
     def render(self, request: Mapping[str, Any]) -> str:
         with self._lock:
-            process = self._process or self._start()
+            process = self._process
+            if process is None or process.poll() is not None:
+                self._stop()
+                process = self._start()
             assert process.stdin is not None
             try:
                 process.stdin.write(json.dumps(request).encode() + b"\n")

@@ -7,7 +7,7 @@ TEST_MODEL ?= qwen2.5-coder-0.5b
 DEMO_BUG ?= page-off-by-one
 DEMO_DIR := build/demo
 
-.PHONY: setup demo test test-parity lint format clean
+.PHONY: setup demo test test-gpu test-parity lint format clean
 
 setup: $(VENV)/.installed
 
@@ -27,6 +27,12 @@ demo: setup
 test: setup lint
 	@$(BIN)/lsp-agent model pull $(TEST_MODEL)
 	@$(BIN)/python -m pytest -m "not parity and not gpu and not editor" $(PYTEST_ARGS)
+
+# On a machine with an NVIDIA GPU: onnxruntime-gpu replaces onnxruntime, in an environment of its own.
+test-gpu:
+	@test -x $(VENV)-gpu/bin/python || $(PYTHON) -m venv $(VENV)-gpu
+	@$(VENV)-gpu/bin/python -m pip install --quiet --disable-pip-version-check -e '.[gpu,test]'
+	@$(VENV)-gpu/bin/python -m pytest -m gpu $(PYTEST_ARGS)
 
 # Exactness against transformers and torch, in an environment of its own: torch is large and never needed to run.
 PARITY_CACHE := $(CURDIR)/build/parity
@@ -48,4 +54,4 @@ format: setup
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-parity build
+	rm -rf $(VENV) $(VENV)-gpu $(VENV)-parity build

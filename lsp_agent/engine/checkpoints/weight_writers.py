@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from gguf import quants
+from gguf import GGMLQuantizationType, quants
 
 from lsp_agent.engine.architecture import WeightSpec
 from lsp_agent.engine.blocks import BlockFormat, Blocks, pack_zero_points
@@ -45,7 +45,7 @@ class TensorReport:
     """How one tensor of `weight` is carried.
 
     Errors compare with the checkpoint's own (dequantised) values, in rows spread over the tensor; `rms` is the root
-    mean square of these. `values` counts the whole tensor's.
+    mean square of these. `values` counts the whole tensor's, `stored_bits` the bits of one with its share of scales.
     """
 
     weight: str
@@ -54,6 +54,7 @@ class TensorReport:
     source_type: str
     bits: int
     block: int
+    stored_bits: float
     exact: bool
     rms: float
     relative_rms_error: float
@@ -274,21 +275,40 @@ def _roundable(arrays: dict[str, np.ndarray]) -> bool:
     return "corrections" not in arrays or bool((np.abs(arrays["corrections"]) <= np.abs(arrays["scales"])).all())
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """Some rows of a tensor, as a tensor."""
+
+    name: str
+    type: GGMLQuantizationType
+    rows: int
+    columns: int
+    raw: np.ndarray
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.raw[start:stop]
+
+
+def _sample(tensor: CheckpointTensor) -> _Sample:
+    starts = np.unique(np.linspace(0, tensor.rows - 1, min(tensor.rows, COMPARED_ROWS)).astype(int)).tolist()
+    raw = np.concatenate([tensor.read(start, start + 1) for start in starts])
+    return _Sample(tensor.name, tensor.type, len(raw), tensor.columns, raw)
+
+
 def _compare(
     weight: str, tensor: CheckpointTensor, form: BlockFormat | None, *, as_it_is: bool = False
 ) -> TensorReport:
     """The error of a carried tensor: GGUF's formats are exact but for fp32 rounding."""
-    count = min(tensor.rows, COMPARED_ROWS)
-    starts = np.unique(np.linspace(0, tensor.rows - 1, count).astype(int)).tolist()
-    reference = np.concatenate([_values(tensor, start, start + 1) for start in starts])
+    sample = _sample(tensor)
+    reference = _values(sample, 0, sample.rows)
     rms = float(np.sqrt(np.mean(np.square(reference, dtype=np.float64))))
     about = (weight, tensor.name, tensor.rows * tensor.columns, tensor.type.name)
     if form is None:
         per_block, block_bytes = quants.GGML_QUANT_SIZES[tensor.type] if as_it_is else (1, 4)
-        return TensorReport(*about, block_bytes * 8 // per_block, per_block, True, rms, 0.0, 0.0)
-    carried = np.concatenate([_carry(tensor, start, start + 1, form).dequantise() for start in starts])
-    error = carried - reference
+        bits = block_bytes * 8 / per_block
+        return TensorReport(*about, int(bits), per_block, bits, True, rms, 0.0, 0.0)
+    error = _carry(sample, 0, sample.rows, form).dequantise() - reference
     relative = float(np.linalg.norm(error) / max(float(np.linalg.norm(reference)), 1e-30))
-    return TensorReport(
-        *about, form.bits, form.block, relative < 1e-6, rms, relative, float(np.abs(error).max(initial=0))
-    )
+    largest = float(np.abs(error).max(initial=0))
+    bits = form.bits_a_weight
+    return TensorReport(*about, form.bits, form.block, bits, relative < 1e-6, rms, relative, largest)

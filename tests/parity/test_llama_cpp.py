@@ -28,6 +28,15 @@ TOLERANCE = 3e-4
 """Of the largest logit. llama.cpp multiplies up the angles of rotary positions, so its error grows with them."""
 MIXED = {"": Type.Q4_K, "exps": Type.Q4_0, "attn_v": Type.Q6_K, "down_shexp": Type.Q5_K, "token_embd": Type.Q6_K}
 NEXT = Sizes(layers=4, interval=4, heads=8, kv_heads=1, head=32, rotary=16, value_heads=2, linear_head=128)
+YARN = {"rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 128}
+STRETCH = {"rope.scaling.attn_factor": 1.2}
+
+
+def with_rope(made: RandomGguf, kind: str, **metadata: float) -> RandomGguf:
+    made.metadata |= {"rope.scaling.type": kind, **metadata}
+    return made
+
+
 CASES = {
     "qwen2": random_gguf("qwen2"),
     "qwen2-tied": random_gguf("qwen2", tied=True, seed=1),
@@ -43,6 +52,12 @@ CASES = {
     "qwen3next-other": random_gguf("qwen3next", sizes=NEXT, seed=2),
     "qwen3next-q4_0": random_gguf("qwen3next", {"": Type.Q4_0, "output": Type.Q8_0}),
     "qwen3next-mixed": random_gguf("qwen3next", MIXED),
+    "qwen3-fused": random_gguf("qwen3", {"": Type.Q8_0}).fuse(),
+    "qwen3next-fused": random_gguf("qwen3next", {"exps": Type.Q4_0}).fuse(),
+    "qwen3next-by-key-head": random_gguf("qwen3next", {"ssm_in": Type.Q8_0}).order_by_key_head(),
+    "qwen3-linear": with_rope(random_gguf("qwen3"), "linear", **{"rope.scaling.factor": 4.0}),
+    "qwen2-yarn": with_rope(random_gguf("qwen2"), "yarn", **YARN),
+    "qwen3moe-yarn": with_rope(random_gguf("qwen3moe"), "yarn", **YARN, **STRETCH),
 }
 """Types that the engine carries without loss, so that the weights are those of the file."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,11 +22,15 @@ class GgufMetadata(Protocol):
         """The value of `key`; raises `UserError` without one."""
 
 
-def gguf_config(file: GgufMetadata, vocabulary: int) -> ModelConfig:
-    """The config in a GGUF file; raises `UserError` when a number is missing or a feature is not supported."""
+def gguf_config(file: GgufMetadata, vocabulary: int, attention_bias: bool) -> ModelConfig:
+    """The config in a GGUF file; raises `UserError` when a number is missing or a feature is not supported.
+
+    `vocabulary` and `attention_bias` are not in the metadata but follow from the tensors.
+    """
     name = str(file.require("general.architecture"))
     hidden, heads = int(file.require(f"{name}.embedding_length")), int(file.require(f"{name}.attention.head_count"))
-    layers, head_size = int(file.require(f"{name}.block_count")), file.get(f"{name}.attention.key_length")
+    layers = int(file.require(f"{name}.block_count")) - int(file.get(f"{name}.nextn_predict_layers", 0))
+    head_size = file.get(f"{name}.attention.key_length")
     head_size = int(head_size) if head_size is not None else hidden // heads
     rotary = file.get(f"{name}.rope.dimension_count")
     return ModelConfig(
@@ -42,7 +47,7 @@ def gguf_config(file: GgufMetadata, vocabulary: int) -> ModelConfig:
         rms_epsilon=float(file.require(f"{name}.attention.layer_norm_rms_epsilon")),
         rotary=int(rotary) if rotary is not None and int(rotary) != head_size else None,
         rope_scaling=_gguf_scaling(file, name),
-        attention_bias=name == "qwen2moe",
+        attention_bias=attention_bias,
         experts=_gguf_experts(file, name),
         linear_attention=_gguf_linear_attention(file, name, layers),
     )
@@ -54,11 +59,12 @@ def _gguf_scaling(file: GgufMetadata, name: str) -> RopeScaling | None:
         return None
     if kind not in ("linear", "yarn"):
         raise UserError(f"{file.path} uses rope scaling {kind!r}, which is not supported; use the base checkpoint.")
-    return RopeScaling(
-        kind=kind,
-        factor=float(file.require(f"{name}.rope.scaling.factor")),
-        original_context=int(file.get(f"{name}.rope.scaling.original_context_length", 0)),
-    )
+    factor, prefix = float(file.require(f"{name}.rope.scaling.factor")), f"{name}.rope.scaling"
+    original = file.get(f"{prefix}.original_context_length") or file.require(f"{name}.context_length")
+    attention = file.get(f"{prefix}.attn_factor")
+    if attention is not None:
+        attention = float(attention) * (1 + 0.1 * math.log(factor))  # on top of the usual one
+    return RopeScaling(kind=kind, factor=factor, original_context=int(original), attention_factor=attention)
 
 
 def _gguf_experts(file: GgufMetadata, name: str) -> ExpertsConfig | None:
@@ -80,13 +86,14 @@ def _gguf_linear_attention(file: GgufMetadata, name: str, layers: int) -> Linear
         return None
     value_heads = int(file.require(f"{name}.ssm.time_step_rank"))
     interval = int(file.get(f"{name}.full_attention_interval", 4))
+    recurrent = file.get(f"{name}.attention.recurrent_layers") or [(index + 1) % interval for index in range(layers)]
     return LinearAttentionConfig(
         key_heads=int(file.require(f"{name}.ssm.group_count")),
         value_heads=value_heads,
         key_size=int(file.require(f"{name}.ssm.state_size")),
         value_size=int(inner) // value_heads,
         kernel=int(file.require(f"{name}.ssm.conv_kernel")),
-        layers=tuple(index for index in range(layers) if (index + 1) % interval),
+        layers=tuple(index for index, flag in enumerate(recurrent[:layers]) if flag),
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,44 +15,35 @@ from lsp_agent.engine.architecture import ModelConfig
 from lsp_agent.engine.architectures import architecture
 from lsp_agent.engine.architectures.config import gguf_config
 from lsp_agent.engine.checkpoints import tokenizer_import
+from lsp_agent.engine.checkpoints.gguf_layouts import GgufTensor, plain_tensors
 from lsp_agent.errors import UserError
 
 MAGIC = b"GGUF"
-
-
-@dataclass(frozen=True)
-class GgufTensor:
-    """One tensor: `rows` x `columns` values (a vector has one row) of `type`, as bytes [rows, bytes a row]."""
-
-    name: str
-    type: GGMLQuantizationType
-    rows: int
-    columns: int
-    raw: np.ndarray
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """See `CheckpointTensor.read`."""
-        return self.raw[start:stop]
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+"""How llama.cpp names the files of a checkpoint that it has split; the first holds the metadata."""
 
 
 class GgufFile:
-    """Opens `path`; raises `UserError` for a file that is not GGUF, is truncated, or is damaged."""
+    """Opens `path`, or all files of a split checkpoint, whichever of them is given.
+
+    Raises `UserError` for a file that is not GGUF, is missing, truncated, or damaged.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with path.open("rb") as file:
-                magic = file.read(4)
-        except OSError as error:
-            raise UserError(f"Cannot read {path}: {error.strerror}; check the path.") from error
-        if magic != MAGIC:
-            raise UserError(f"{path} is not a GGUF file (it does not start with 'GGUF'); give a GGUF checkpoint.")
-        try:
-            reader = GGUFReader(path)
-        except Exception as error:  # gguf raises whatever numpy stumbles over when bytes are missing or wrong
-            raise UserError(f"{path} is truncated or damaged ({error}); download it again.") from error
-        self._fields = reader.fields
-        self.tensors: Mapping[str, GgufTensor] = {t.name: self._tensor(t) for t in reader.tensors}
+        self._files = _shards(path)
+        self.path = self._files[0]
+        readers = [_open(file) for file in self._files]
+        self._fields = readers[0].fields
+        found = [self._tensor(t) for reader in readers for t in reader.tensors]
+        self._stored = {tensor.name: tensor for tensor in found}
+        expected = self.get("split.tensors.count")
+        if len(self._files) > 1 and (int(expected or -1) != len(found) or len(self._stored) != len(found)):
+            raise UserError(f"The {len(self._files)} files of {path} do not belong together; download them again.")
+
+    @cached_property
+    def tensors(self) -> Mapping[str, GgufTensor]:
+        """See `Checkpoint.tensors`; raises `UserError` as `config` does."""
+        return plain_tensors(self._stored, self.config())
 
     def _tensor(self, tensor: Any) -> GgufTensor:
         kind = GGMLQuantizationType(tensor.tensor_type)
@@ -88,15 +80,41 @@ class GgufFile:
     def config(self) -> ModelConfig:
         """See `Checkpoint.config`."""
         _ = self.architecture  # says so when it is unknown, before any number is missed
-        embedding = self.tensors.get("token_embd.weight")
+        embedding = self._stored.get("token_embd.weight")
         if embedding is None:
             raise UserError(f"{self.path} lacks the tensor token_embd.weight; use a complete checkpoint of the model.")
-        return gguf_config(self, vocabulary=embedding.rows)
+        biased = any(name.endswith((".attn_q.bias", ".attn_qkv.bias")) for name in self._stored)
+        return gguf_config(self, vocabulary=embedding.rows, attention_bias=biased)
 
     def files(self) -> list[Path]:
         """See `Checkpoint.files`."""
-        return [self.path]
+        return list(self._files)
 
     def write_tokenizer(self, folder: Path) -> dict[str, Any]:
         """See `Checkpoint.write_tokenizer`."""
         return tokenizer_import.write_gguf_tokenizer(self, folder)
+
+
+def _open(path: Path) -> GGUFReader:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}; check the path.") from error
+    if magic != MAGIC:
+        raise UserError(f"{path} is not a GGUF file (it does not start with 'GGUF'); give a GGUF checkpoint.")
+    try:
+        return GGUFReader(path)
+    except Exception as error:  # gguf raises whatever numpy stumbles over when bytes are missing or wrong
+        raise UserError(f"{path} is truncated or damaged ({error}); download it again.") from error
+
+
+def _shards(path: Path) -> list[Path]:
+    name = _SHARD.match(path.name)
+    if name is None:
+        return [path]
+    files = [path.with_name(f"{name['stem']}-{n:05}-of-{name['count']}.gguf") for n in range(1, int(name["count"]) + 1)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{path.parent} lacks {', '.join(missing)}; download the rest of the checkpoint.")
+    return files

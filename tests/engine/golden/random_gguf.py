@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -52,12 +53,18 @@ class RandomGguf:
     architecture: str
     sizes: Sizes
     tied: bool = False
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Further keys, without the architecture's name in front; floats, integers, strings and lists of flags."""
     tensors: dict[str, tuple[Type, np.ndarray, tuple[int, ...]]] = field(default_factory=dict)
 
-    def write(self, path: Path, *, dequantised: bool = False) -> Path:
-        """Write the file; `dequantised`: with the same weights in fp32."""
-        writer = gguf.GGUFWriter(path, self.architecture)
+    def write(self, path: Path, *, dequantised: bool = False, tensors_a_file: int = 0) -> Path:
+        """Write the file, or several, and return the (first) path; `dequantised`: with the same weights in fp32."""
+        writer = gguf.GGUFWriter(path, self.architecture, split_max_tensors=tensors_a_file)
         _metadata(writer, self.architecture, self.sizes)
+        for key, value in self.metadata.items():
+            add = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+            writer.kv_data[0].pop(f"{self.architecture}.{key}", None)
+            add[type(value)](f"{self.architecture}.{key}", value)
         for name, (kind, raw, shape) in self.tensors.items():
             if kind == Type.F32 or dequantised:
                 values = quants.dequantize(raw, kind).astype(np.float32)
@@ -68,7 +75,65 @@ class RandomGguf:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        return path
+        shards = sorted(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))
+        return shards[0] if shards else path
+
+    def _take(self, name: str) -> tuple[Type, np.ndarray, tuple[int, ...]]:
+        return self.tensors.pop(name)
+
+    def fuse(self) -> RandomGguf:
+        """Fuse q, k and v, and the experts' gate and up projections, as newer converters may."""
+        for index in range(self.sizes.layers):
+            prefix = f"blk.{index}"
+            for kind in ("weight", "bias"):
+                names = [f"{prefix}.attn_{part}.{kind}" for part in "qkv"]
+                if names[0] in self.tensors:
+                    taken = [self._take(name) for name in names]
+                    shape = (sum(one[2][0] for one in taken), *taken[0][2][1:])
+                    raw = np.concatenate([one[1] for one in taken], axis=0 if kind == "weight" else 1)
+                    self.tensors[f"{prefix}.attn_qkv.{kind}"] = taken[0][0], raw, shape
+            if f"{prefix}.ffn_gate_exps.weight" in self.tensors:
+                pair = [self._take(f"{prefix}.ffn_{part}_exps.weight") for part in ("gate", "up")]
+                experts, width, hidden = pair[0][2]
+                raw = np.concatenate([one[1].reshape(experts, width, -1) for one in pair], axis=1)
+                fused = pair[0][0], raw.reshape(experts * 2 * width, -1), (experts, 2 * width, hidden)
+                self.tensors[f"{prefix}.ffn_gate_up_exps.weight"] = fused
+        return self
+
+    def order_by_key_head(self) -> RandomGguf:
+        """Order the projections of Gated DeltaNet by key head, in one tensor, as older converters did."""
+        size = self.sizes
+        served = size.value_heads // size.key_heads
+        for index in range(size.layers):
+            prefix = f"blk.{index}"
+            if f"{prefix}.ssm_a" not in self.tensors:
+                continue
+            (kind, qkv, (_, hidden)), (_, z, _) = (
+                self._take(f"{prefix}.attn_{part}.weight") for part in ("qkv", "gate")
+            )
+            q, k, v = np.split(qkv, np.cumsum([size.key_heads * size.linear_head] * 2))
+            rows = []
+            for head in range(size.key_heads):
+                for part, heads in ((q, 1), (k, 1), (v, served), (z, served)):
+                    step = heads * size.linear_head
+                    rows.append(part[head * step : (head + 1) * step])
+            raw = np.concatenate(rows)
+            self.tensors[f"{prefix}.ssm_in.weight"] = kind, raw, (len(raw), hidden)
+        return self
+
+    def add_prediction_block(self) -> RandomGguf:
+        """Add a block of multi-token prediction, which follows the model's own."""
+        prefix = f"blk.{self.sizes.layers}"
+        last = {name: one for name, one in self.tensors.items() if name.startswith(f"blk.{self.sizes.layers - 1}.")}
+        for name, one in last.items():
+            self.tensors[prefix + name[len(prefix) :]] = one
+        norm = self.tensors["output_norm.weight"]
+        self.tensors |= {f"{prefix}.nextn.{part}.weight": norm for part in ("enorm", "hnorm", "shared_head_norm")}
+        random = np.random.RandomState(0).standard_normal((self.sizes.hidden, 2 * self.sizes.hidden))
+        projection = random.astype(np.float32).view(np.uint8)
+        self.tensors[f"{prefix}.nextn.eh_proj.weight"] = Type.F32, projection, random.shape
+        self.metadata |= {"block_count": self.sizes.layers + 1, "nextn_predict_layers": 1}
+        return self
 
 
 def random_gguf(

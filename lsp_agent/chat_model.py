@@ -73,6 +73,7 @@ class Repair(StrEnum):
     MISSING_CLOSER = "missing_closer"
     DOUBLED_CLOSER = "doubled_closer"
     STRAY_TEXT = "stray_text"
+    CODE_FENCE = "code_fence"
     LENIENT_JSON = "lenient_json"
 
 

@@ -10,6 +10,7 @@ from test_golden_hf import GOLDEN, PROMPT, read
 from lsp_agent.engine.checkpoints.importing import import_checkpoint
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.package import WEIGHTS, Experts, Linear, LinearPart, Package, WeightsWriter, write_index
+from lsp_agent.engine.quantisation import SCHEMES
 
 MIXTURES = ["qwen2-moe", "qwen3-moe", "qwen3-moe-yarn", "qwen3-next", "qwen3-next-other"]
 
@@ -48,7 +49,10 @@ def dequantised(source, target):
     return target
 
 
-@pytest.mark.parametrize("scheme", ["int4", "int8"])
+ROUNDING = [scheme for scheme in SCHEMES if scheme != "keep"]
+
+
+@pytest.mark.parametrize("scheme", ROUNDING)
 @pytest.mark.parametrize("name", [*MIXTURES, "qwen3"])
 def test_exact_quantised_graphs_equal_their_dequantised_weights(hf_engine, hf_package, tmp_path, name, scheme):
     dense = Engine.load(dequantised(hf_package(name, scheme), tmp_path / "dense"), threads=1, accuracy="exact")
@@ -71,7 +75,7 @@ def test_the_report_says_what_rounding_costs(hf_folder, tmp_path, scheme, bits, 
     assert norm.exact and not experts.exact
 
 
-@pytest.mark.parametrize("scheme", ["int4", "int8"])
+@pytest.mark.parametrize("scheme", ROUNDING)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_fast_graphs_round_activations_only(hf_engine, name, scheme):
     expected, _ = read(hf_engine(name, scheme), [PROMPT])

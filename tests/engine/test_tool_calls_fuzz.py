@@ -26,6 +26,7 @@ PIECES = [
     *("<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>", ">", "<", "\n", " "),
     *("read_file", "write_file", "path", "content", "start", "7", "text", "\r\n", "\\", '"', "{", "}", "[", "]", ":"),
     *('{"name": "read_file"', ', "arguments": {"path": "a"}}', '"arguments"', "'", "é", "\u2028", "<parameter=path>\n"),
+    *("```", "```json\n", "\n```\n", "`"),
     *("<function=read_file>\n", "<tool_call>\n<function=write_file>\n<parameter=path>\n"),
 ]
 # No lone surrogates: a tokenizer never decodes to one.
@@ -77,7 +78,16 @@ def mutated(draw: st.DrawFn) -> tuple[str, str]:
             break
         tag = draw(st.sampled_from(tags))
         other = draw(st.sampled_from(tags))
-        instead = {"drop": "", "double": tag[0] * 2, "swap": other[0], "cut": tag[0][:-1], "insert": tag[0] + "\nx"}
+        fenced = "\n```json\n" + tag[0]
+        instead = {
+            "fence": fenced,
+            "unfence": tag[0] + "\n```\n",
+            "drop": "",
+            "double": tag[0] * 2,
+            "swap": other[0],
+            "cut": tag[0][:-1],
+            "insert": tag[0] + "\nx",
+        }
         text = text[: tag.start()] + instead[draw(st.sampled_from(sorted(instead)))] + text[tag.end() :]
     return call_format, text[: draw(st.integers(0, len(text)))] if draw(st.booleans()) else text
 
@@ -170,6 +180,5 @@ def test_a_long_value_streams_in_linear_time() -> None:
         assert len(end.call.arguments["content"]) == 19 * lines
         return time.perf_counter() - began
 
-    seconds(500)
     # 8 times the text, and room for a busy machine; rescanning from the start would take 64 times as long.
-    assert seconds(4000) < 24 * max(seconds(500), 0.005)
+    assert min(seconds(4000) for _ in range(4)) < 24 * max(min(seconds(500) for _ in range(4)), 0.005)

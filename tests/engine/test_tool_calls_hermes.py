@@ -61,11 +61,16 @@ REPAIRED = {
 
 
 @pytest.mark.parametrize(("text", "repairs"), REPAIRED.values(), ids=REPAIRED.keys())
-@pytest.mark.parametrize("around", ["{}", "Let me look.\n\n{}", "{}\nThat was it.", "```json\n{}\n```"])
+@pytest.mark.parametrize(
+    "around", ["{}", "Let me look.\n\n{}", "{}\nThat was it.", "```json\n{}\n```", "```\n\n{}```\n"]
+)
 def test_slips_of_form_are_mended_and_noted(around: str, text: str, repairs: list[Repair]) -> None:
-    (call,) = parse(around.replace("{}", text)).calls
+    answer = parse(around.replace("{}", text))
+    (call,) = answer.calls
     assert (call.name, call.arguments, call.errors) == ("read_file", {"path": "a.py"}, ())
-    assert list(call.repairs) == repairs
+    fenced = around.startswith("```")
+    assert list(call.repairs) == repairs + [Repair.CODE_FENCE] * fenced
+    assert "`" not in answer.text
 
 
 @pytest.mark.parametrize("text", [text for text, _ in REPAIRED.values()], ids=REPAIRED.keys())

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from lsp_agent.chat_model import Problem, Repair, ToolCallError, ToolSchema
-from lsp_agent.engine.tool_calls.parser import (
+from lsp_agent.engine.tool_calls.parser import ToolCallParser
+from lsp_agent.engine.tool_calls.reader import (
     CALL_CLOSE,
     CALL_OPEN,
     Draft,
     NeedMore,
     Reader,
-    ToolCallParser,
     View,
     absorb_closers,
 )

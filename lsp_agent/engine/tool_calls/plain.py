@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lsp_agent.engine.tool_calls.parser import Reader, ToolCallParser, View
+from lsp_agent.engine.tool_calls.parser import ToolCallParser
+from lsp_agent.engine.tool_calls.reader import Reader, View
 
 
 class PlainParser(ToolCallParser):

@@ -20,22 +20,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lsp_agent.chat_model import Repair, ToolSchema
-from lsp_agent.engine.tool_calls.parser import (
-    CALL_CLOSE,
-    CALL_OPEN,
-    Draft,
-    NeedMore,
-    Reader,
-    ToolCallParser,
-    View,
-    absorb_closers,
-)
+from lsp_agent.engine.tool_calls.parser import ToolCallParser
 from lsp_agent.engine.tool_calls.qwen3_tags import (
     FUNCTION_CLOSE,
     FUNCTION_OPEN,
     PARAMETER_CLOSE,
     PARAMETER_OPEN,
     tag_at,
+)
+from lsp_agent.engine.tool_calls.reader import (
+    CALL_CLOSE,
+    CALL_OPEN,
+    Draft,
+    NeedMore,
+    Reader,
+    View,
+    absorb_closers,
 )
 from lsp_agent.engine.tool_calls.schema import Argument
 

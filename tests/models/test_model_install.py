@@ -31,7 +31,7 @@ PULL = textwrap.dedent(
     from tiny_model import Log
     from lsp_agent.models import install
 
-    def importer(source, package, *, on_progress):
+    def importer(source, package, *, scheme, on_progress):
         package.mkdir()
         (package / "half").write_bytes(b"1")
         print("importing", flush=True)
@@ -44,7 +44,7 @@ PULL = textwrap.dedent(
 )
 
 
-def copy_in(source: Path, package: Path, *, on_progress: Callable[[int, int], None]) -> None:
+def copy_in(source: Path, package: Path, *, scheme: object, on_progress: Callable[[int, int], None]) -> None:
     package.mkdir()
     (package / "weights.bin").write_bytes(source.read_bytes())
     on_progress(1, 1)
@@ -118,7 +118,7 @@ def test_a_full_disk_is_found_before_the_download(
 
 
 def test_a_disk_that_fills_up_leaves_no_model(tiny: Manifest, hub: Hub, log: Log) -> None:
-    def full(source: Path, package: Path, *, on_progress: object) -> None:
+    def full(source: Path, package: Path, *, scheme: object, on_progress: object) -> None:
         package.mkdir()
         (package / "weights.bin").write_bytes(b"some")
         raise OSError(28, "No space left on device")
@@ -216,11 +216,11 @@ def test_rm_frees_the_model_and_its_downloads(tiny: Manifest, hub: Hub, log: Log
 def test_import_of_a_known_file_uses_its_manifest(tiny: Manifest, tmp_path: Path, log: Log) -> None:
     path = tmp_path / "download.gguf"
     path.write_bytes(CONTENT)
-    model, new = install.import_file(path, None, log, importer=copy_in)
-    assert (model.name, model.manifest, new) == ("tiny", tiny, True)
+    model = install.import_model(path, None, log, importer=copy_in).model
+    assert (model.name, model.manifest) == ("tiny", tiny)
     assert path.read_bytes() == CONTENT
-    assert install.import_file(path, None, log, importer=copy_in) == (model, False)
-    other, _ = install.import_file(path, "mine", log, importer=copy_in)
+    assert install.import_model(path, None, log, importer=copy_in) == install.Imported(model, new=False)
+    other = install.import_model(path, "mine", log, importer=copy_in).model
     assert (other.name, other.manifest.title) == ("mine", "Tiny Model")
 
 
@@ -231,7 +231,7 @@ def test_a_corrected_manifest_counts_for_what_is_installed(
     write_manifest(tiny.model_copy(update={"memory_bytes": 7_000_000}), tmp_path / "manifests")
     assert store.resolve("tiny").manifest.memory_bytes == 7_000_000
     (tmp_path / "download.gguf").write_bytes(CONTENT)
-    assert install.import_file(tmp_path / "download.gguf", None, log, importer=copy_in)[1] is False
+    assert install.import_model(tmp_path / "download.gguf", None, log, importer=copy_in).new is False
     write_manifest(tiny_manifest(CONTENT[:-1]), tmp_path / "manifests")  # another file: what is installed stays itself
     assert store.resolve("tiny").manifest == tiny
 
@@ -239,18 +239,18 @@ def test_a_corrected_manifest_counts_for_what_is_installed(
 def test_import_refuses_names_that_are_taken(tiny: Manifest, tmp_path: Path, log: Log, make_gguf: Callable) -> None:
     path = make_gguf(tmp_path / "a.gguf")
     with pytest.raises(UserError, match="not the file known as tiny"):
-        install.import_file(path, "tiny", log, importer=copy_in)
+        install.import_model(path, "tiny", log, importer=copy_in)
     with pytest.raises(UserError, match="cannot be a model's name"):
-        install.import_file(path, "../tiny", log, importer=copy_in)
-    install.import_file(path, "mine", log, importer=copy_in)
+        install.import_model(path, "../tiny", log, importer=copy_in)
+    install.import_model(path, "mine", log, importer=copy_in)
     known = tmp_path / "b.gguf"
     known.write_bytes(CONTENT)
     with pytest.raises(UserError, match="model rm mine"):
-        install.import_file(known, "mine", log, importer=copy_in)
+        install.import_model(known, "mine", log, importer=copy_in)
 
 
 def test_import_describes_an_unknown_file_from_its_header(tmp_path: Path, log: Log, make_gguf: Callable) -> None:
-    model, _ = install.import_file(make_gguf(tmp_path / "x.gguf"), None, log, importer=copy_in)
+    model = install.import_model(make_gguf(tmp_path / "x.gguf"), None, log, importer=copy_in).model
     manifest = model.manifest
     assert (model.name, manifest.title) == ("my-coder-9-instruct", "My Coder 9 (Instruct)")
     assert (manifest.architecture, manifest.context_length, manifest.license) == ("qwen2", 4096, "mit")
@@ -267,13 +267,13 @@ def test_import_of_unusable_files_is_one_sentence(tmp_path: Path, log: Log, make
     for number, damaged in enumerate([content[:-1000], content[:100], content[:6], b"", b"no model at all " * 99]):
         path = tmp_path / f"{number}.gguf"
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="not a complete GGUF file") as raised:
-            install.import_file(path, None, log, importer=copy_in)
+        with pytest.raises(UserError, match=r"not a GGUF file|truncated or damaged") as raised:
+            install.import_model(path, None, log, importer=copy_in)
         assert "\n" not in str(raised.value)
     with pytest.raises(UserError, match="no file"):
-        install.import_file(tmp_path / "absent.gguf", None, log, importer=copy_in)
-    with pytest.raises(UserError, match="llama architecture"):
-        install.import_file(make_gguf(tmp_path / "l.gguf", architecture="llama"), None, log, importer=copy_in)
+        install.import_model(tmp_path / "absent.gguf", None, log, importer=copy_in)
+    with pytest.raises(UserError, match="'llama' are not supported"):
+        install.import_model(make_gguf(tmp_path / "l.gguf", architecture="llama"), None, log, importer=copy_in)
     assert store.installed() == []
 
 
@@ -287,11 +287,13 @@ def test_the_real_importer_refuses_what_is_not_gguf(tiny: Manifest, hub: Hub, lo
 def test_an_imported_model_loads_and_generates(tmp_path: Path, log: Log) -> None:
     from lsp_agent.engine.engine import Engine
 
-    model, new = install.import_file(write_runnable_gguf(tmp_path / "real.gguf"), None, log)
-    assert (model.name, new) == ("tiny-qwen", True)
+    imported = install.import_model(write_runnable_gguf(tmp_path / "real.gguf"), None, log)
+    model = imported.model
+    assert (model.name, imported.new) == ("tiny-qwen", True)
     assert store.resolve(None) == model
     assert "Importing tiny-qwen" in log.text
-    assert log.done[-1] == 100
+    assert log.done[-1] > 0
+    assert log.done == sorted(log.done)
     engine = Engine.load(model.path, threads=1)
     prompt = engine.infill_prompt("def f", "return")
     steps = list(engine.generate(prompt, Sampling(max_tokens=3), CancelToken(), stop_ids=()))
@@ -301,7 +303,7 @@ def test_an_imported_model_loads_and_generates(tmp_path: Path, log: Log) -> None
 def test_what_the_importer_cannot_read_is_one_sentence(tmp_path: Path, log: Log) -> None:
     path = write_runnable_gguf(tmp_path / "real.gguf", merge="a z")  # makes a token that the vocabulary lacks
     with pytest.raises(UserError, match=r"real.gguf could not be imported \(.*vocabulary"):
-        install.import_file(path, None, log)
+        install.import_model(path, None, log)
     assert store.installed() == []
 
 

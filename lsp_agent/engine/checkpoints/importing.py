@@ -77,6 +77,17 @@ class ImportPlan:
             meter.add(1)
         return tuple(found)
 
+    def check_disk(self, folder: Path, there: int = 0) -> None:
+        """Raise `UserError` when the package does not fit into `folder`, of which `there` bytes are written already."""
+        existing = next(p for p in [folder, *folder.resolve().parents] if p.exists())
+        free, needed = shutil.disk_usage(existing).free, self.package_bytes - there
+        if free < needed:
+            raise UserError(
+                f"Importing {self.source.resolve().name} needs {needed / 1e9:.2f} GB of disk and {existing} has "
+                f"{free / 1e9:.2f} GB free; free some or choose a folder on a larger disk (LSP_AGENT_CACHE_DIR moves "
+                "the installed models)."
+            )
+
     def run(self, package: Path, on_progress: Progress | None = None) -> ImportReport:
         """See `import_checkpoint`."""
         files = self.checkpoint.files()
@@ -84,7 +95,7 @@ class ImportPlan:
         try:
             package.parent.mkdir(parents=True, exist_ok=True)
             with open_partial(package, identity) as partial:
-                self._check_disk(package, partial.allocated_bytes())
+                self.check_disk(package.parent, partial.allocated_bytes())
                 work = sum(nbytes(t) for _, tensors in self.matched for t in tensors)
                 meter = _Meter(on_progress, work + sum(file.stat().st_size for file in files) // HASH_SHARE)
                 tokens = self.checkpoint.write_tokenizer(partial.folder)
@@ -122,16 +133,6 @@ class ImportPlan:
             "source": str(self.source.resolve()),
             "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         }
-
-    def _check_disk(self, package: Path, there: int) -> None:
-        free = shutil.disk_usage(package.parent).free
-        needed = self.package_bytes - there
-        if free < needed:
-            raise UserError(
-                f"Importing {self.source.resolve().name} needs {needed / 1e9:.2f} GB of disk and {package.parent} has "
-                f"{free / 1e9:.2f} GB free; free some or choose a folder on a larger disk (LSP_AGENT_CACHE_DIR moves "
-                "the installed models)."
-            )
 
     def _write_weights(self, partial: PartialPackage, meter: _Meter) -> dict[str, Any]:
         writer = WeightsWriter(partial.weights)

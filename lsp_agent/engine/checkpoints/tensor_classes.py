@@ -10,7 +10,8 @@ from lsp_agent.engine.checkpoints.weight_writers import TensorReport
 from lsp_agent.engine.decoder import EMBEDDING, HEAD
 
 ORDER = (
-    "embedding", "attention", "linear attention", "MLP", "experts", "shared expert", "router", "norms and biases", "head",
+    "embedding", "attention", "linear attention", "MLP", "experts", "shared expert", "router", "norms and biases",
+    "head",
 )  # fmt: skip
 
 

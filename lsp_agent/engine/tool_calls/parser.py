@@ -65,7 +65,11 @@ class ToolCallParser(ABC):
 
     def feed(self, text: str) -> list[Event]:
         """Take the next piece of the answer and give what it settles."""
-        self._buffer += text
+        # With one reference to it CPython lengthens a string in place; else each piece would copy a long value.
+        buffer, self._buffer = self._buffer, ""
+        buffer += text
+        self._buffer = buffer
+        del buffer
         return self._advance(final=False, cut_off=False)
 
     def close(self, cut_off: bool = False) -> list[Event]:

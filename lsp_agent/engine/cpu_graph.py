@@ -6,10 +6,11 @@ import math
 from typing import Any
 
 import numpy as np
+from onnx import TensorProto
 
 from lsp_agent.engine.architecture import LinearAttentionConfig, ModelConfig
 from lsp_agent.engine.graph import CONTRIB, SWIGLU, Accuracy, GraphBuilder
-from lsp_agent.engine.package import CORRECTION_BLOCK, Experts, LinearPart, Package
+from lsp_agent.engine.package import CORRECTION_BLOCK, Experts, Extent, LinearPart, Package
 from lsp_agent.engine.quantisation import BlockFormat
 
 L2_EPSILON = 1e-6
@@ -94,35 +95,52 @@ class CpuGraph(GraphBuilder):
 
     def _dense(self, x: str, name: str, part: LinearPart) -> str:
         assert part.values is not None
-        return self.op("MatMul", [x, self.external(name, part.values)])
+        return self.op("MatMul", [x, self._floats(name, part.values)])
+
+    def _floats(self, name: str, extent: Extent, shape: tuple[int, ...] | None = None) -> str:
+        """Values in fp32; those kept in 16 bits are converted once, when the session is made."""
+        stored = self.external(name, extent, shape)
+        return stored if extent.dtype == "float32" else self.op("Cast", [stored], to=TensorProto.FLOAT)
+
+    def _in_fp32_only(self, form: BlockFormat) -> bool:
+        """Whether exact arithmetic needs dense weights: the CPU provider has no (fast) fp32 kernel for 8-bit codes."""
+        return self._accuracy == "exact" and (form.bits == 8 or form.element == "e2m1")
 
     def _quantised(self, x: str, name: str, columns: int, part: LinearPart) -> str:
-        assert part.format is not None
-        if self._accuracy == "exact" and part.format.bits == 8:
-            # The CPU provider has no fast fp32 kernel for 8-bit codes (fifty times slower than this).
+        form = part.format
+        assert form is not None
+        if self._in_fp32_only(form):
             dense = self._package.blocks(part).dequantise()
             return self.op("MatMul", [x, self.constant(name, dense.T)])
-        product = self._matmul_nbits(x, name, part, "", columns, part.format)
+        if form.element == "e2m1":
+            wide = self._package.blocks(part).widen()
+            inputs = [self.constant(f"{name}.codes", wide.codes), self.constant(f"{name}.scales", wide.scales)]
+            return self._matmul_nbits(x, inputs, columns, part.rows, wide.format)
+        product = self._matmul_nbits(x, self._stored(name, part, ""), columns, part.rows, form)
         if part.corrections is None:
             return product
-        sums = self._block_sum(x, columns, part.format.block)
+        sums = self._block_sum(x, columns, form.block)
         if self._accuracy == "fast" and part.correction_codes is not None:
-            form = BlockFormat(8, CORRECTION_BLOCK, False)
-            correction = self._matmul_nbits(sums, name, part, "correction_", columns // part.format.block, form)
+            inputs = self._stored(name, part, "correction_")
+            eight = BlockFormat(8, CORRECTION_BLOCK)
+            correction = self._matmul_nbits(sums, inputs, columns // form.block, part.rows, eight)
         else:
             corrections = self.external(f"{name}.corrections", part.corrections)
             correction = self.op("FusedMatMul", [sums, corrections], domain=CONTRIB, transB=1)
         return self.op("Add", [product, correction])
 
-    def _matmul_nbits(self, x: str, name: str, part: LinearPart, prefix: str, columns: int, form: BlockFormat) -> str:
+    def _stored(self, name: str, part: LinearPart, prefix: str) -> list[str]:
         extents = part.extents()
         fields = [f"{prefix}{field}" for field in ("codes", "scales", "zero_points")]
+        return [self.external(f"{name}.{field}", extents[field]) for field in fields if field in extents]
+
+    def _matmul_nbits(self, x: str, weights: list[str], columns: int, rows: int, form: BlockFormat) -> str:
         return self.op(
             "MatMulNBits",
-            [x, *(self.external(f"{name}.{field}", extents[field]) for field in fields if field in extents)],
+            [x, *weights],
             domain=CONTRIB,
             K=columns,
-            N=part.rows,
+            N=rows,
             bits=form.bits,
             block_size=form.block,
             accuracy_level=self._level,
@@ -133,7 +151,7 @@ class CpuGraph(GraphBuilder):
         first, second = self.expert_weights(gate_up), self.expert_weights(down)
         routing: dict[str, Any] = {"k": used, "normalize_routing_weights": int(normalise), "domain": CONTRIB}
         one, two = first.part.format, second.part.format
-        if one is None or two is None or (self._accuracy == "exact" and 8 in (one.bits, two.bits)):
+        if one is None or two is None or self._in_fp32_only(one):
             # QMoE rounds activations to int8 whenever weights have 8 bits.
             dense = [self._dense_experts(gate_up, first), "", self._dense_experts(down, second)]
             mixed = self.op("MoE", [x, logits, *dense], **routing, **SWIGLU)
@@ -141,11 +159,15 @@ class CpuGraph(GraphBuilder):
             # A later reader of `x` keeps its buffer from being given away.
             return self.op("Where", [self.constant("true", np.array([True])), mixed, x])
         # Left to itself, the CPU kernel normalises in either case, so the softmax over all experts comes from here.
-        weights = [] if normalise else [*[""] * 7, self.op("Softmax", [logits], axis=-1)]
+        mixing = "" if normalise else self.op("Softmax", [logits], axis=-1)
+        up, down_ = self._quantised_experts(gate_up, first), self._quantised_experts(down, second)
+        inputs = [x, logits, *up[:2], "", *down_[:2], *[""] * 4, up[2], down_[2], "", mixing]
+        while not inputs[-1]:
+            inputs.pop()
         return self.op(
             "QMoE",
-            [x, logits, *self._quantised_experts(gate_up, first), "", *self._quantised_experts(down, second), *weights],
-            expert_weight_bits=one.bits,
+            inputs,
+            expert_weight_bits=8 if one.element == "e2m1" else one.bits,
             block_size=one.block,
             accuracy_level=self._level,
             **routing,
@@ -155,15 +177,27 @@ class CpuGraph(GraphBuilder):
     def _dense_experts(self, name: str, experts: Experts) -> str:
         part, shape = experts.part, (experts.count, experts.part.rows // experts.count, experts.columns)
         if part.values is not None:
-            return self.external(name, part.values, shape)
+            return self._floats(name, part.values, shape)
         return self.constant(name, self._package.blocks(part).dequantise().reshape(shape))
 
     def _quantised_experts(self, name: str, experts: Experts) -> list[str]:
-        part, rows = experts.part, experts.part.rows // experts.count
+        """Codes, scales, and zero points or an empty name."""
+        part, shape = experts.part, (experts.count, experts.part.rows // experts.count)
         assert part.format is not None and part.codes is not None and part.scales is not None
+        if part.format.element == "e2m1":
+            # No kernel of the CPU provider reads MXFP4, but 8-bit codes mean the same values exactly: at twice the
+            # memory, all of it resident.
+            wide = self._package.blocks(part).widen()
+            arrays = {"codes": wide.codes, "scales": wide.scales}
+            return [*(self.constant(f"{name}.{k}", a.reshape(*shape, -1)) for k, a in arrays.items()), ""]
         row_bytes = experts.columns * part.format.bits // 8
         blocks = experts.columns // part.format.block
+        zero_points = ""
+        if part.zero_points is not None:
+            packed = (*shape, part.zero_points.shape[-1])
+            zero_points = self.external(f"{name}.zero_points", part.zero_points, packed)
         return [
-            self.external(f"{name}.codes", part.codes, (experts.count, rows, row_bytes)),
-            self.external(f"{name}.scales", part.scales, (experts.count, rows, blocks)),
+            self.external(f"{name}.codes", part.codes, (*shape, row_bytes)),
+            self.external(f"{name}.scales", part.scales, (*shape, blocks)),
+            zero_points,
         ]

@@ -21,12 +21,14 @@ class Scheme:
 
     `ordinary` matrices, `sensitive` ones (head, router, small projections), and routed `experts`. GGUF's quantised
     matrices are carried as they are, but for experts in types that the kernels do not take: those get `refitted`.
+    `halve`: what stays floating point is kept in 16 bits, but for vectors. Values of 16 bits are anyway.
     """
 
     ordinary: BlockFormat | None
     sensitive: BlockFormat | None
     experts: BlockFormat | None
     refitted: BlockFormat
+    halve: bool
 
     def format_of(self, kind: Type, columns: int, sensitive: bool) -> BlockFormat | None:
         """The format of a matrix with rows of `columns` values of a GGUF type; None is dense floating point."""
@@ -44,8 +46,12 @@ class Scheme:
             return _fitting(self.experts, columns)
         formats = {CARRIERS[kind].format if kind in CARRIERS else EIGHT for kind in kinds}
         if formats == {FOUR}:
-            return FOUR
+            return HALF_FOUR
         return EIGHT if formats <= {FOUR, EIGHT} else _fitting(self.refitted, columns)
+
+    def float_type(self, kinds: Collection[Type]) -> Type:
+        """F16 or F32: how values of these floating-point types are stored."""
+        return Type.F16 if self.halve or Type.F32 not in kinds else Type.F32
 
 
 def _fitting(form: BlockFormat | None, columns: Collection[int]) -> BlockFormat | None:
@@ -62,14 +68,17 @@ EIGHT = BlockFormat(8, 32)
 FOUR = BlockFormat(4, 32)
 FOUR_ASYMMETRIC = BlockFormat(4, 32, asymmetric=True)
 MXFP4 = BlockFormat(4, 32, element="e2m1")
+# The kernels of 4-bit experts take scales in 16 bits at no cost, MatMulNBits of the CPU provider does not.
+HALF_FOUR = replace(FOUR, half_scales=True)
+HALF_FOUR_ASYMMETRIC = replace(FOUR_ASYMMETRIC, half_scales=True)
 
 SchemeName = Literal["keep", "int8", "int4", "int4-64", "int4-128", "int4-asymmetric", "mxfp4"]
 SCHEMES: dict[SchemeName, Scheme] = {
-    "keep": Scheme(None, None, None, refitted=EIGHT),
-    "int8": Scheme(EIGHT, EIGHT, EIGHT, refitted=EIGHT),
-    "int4": Scheme(FOUR, EIGHT, FOUR, refitted=EIGHT),
-    "int4-64": Scheme(BlockFormat(4, 64), EIGHT, BlockFormat(4, 64), refitted=EIGHT),
-    "int4-128": Scheme(BlockFormat(4, 128), EIGHT, BlockFormat(4, 128), refitted=EIGHT),
-    "int4-asymmetric": Scheme(FOUR_ASYMMETRIC, EIGHT, FOUR_ASYMMETRIC, refitted=EIGHT),
-    "mxfp4": Scheme(FOUR, EIGHT, MXFP4, refitted=EIGHT),
+    "keep": Scheme(None, None, None, refitted=EIGHT, halve=False),
+    "int8": Scheme(EIGHT, EIGHT, EIGHT, refitted=EIGHT, halve=True),
+    "int4": Scheme(FOUR, EIGHT, HALF_FOUR, refitted=EIGHT, halve=True),
+    "int4-64": Scheme(BlockFormat(4, 64), EIGHT, BlockFormat(4, 64, half_scales=True), refitted=EIGHT, halve=True),
+    "int4-128": Scheme(BlockFormat(4, 128), EIGHT, BlockFormat(4, 128, half_scales=True), refitted=EIGHT, halve=True),
+    "int4-asymmetric": Scheme(FOUR_ASYMMETRIC, EIGHT, HALF_FOUR_ASYMMETRIC, refitted=EIGHT, halve=True),
+    "mxfp4": Scheme(FOUR, EIGHT, MXFP4, refitted=EIGHT, halve=True),
 }

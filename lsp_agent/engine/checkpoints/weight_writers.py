@@ -26,7 +26,8 @@ from lsp_agent.engine.package import (
     WeightsWriter,
 )
 from lsp_agent.engine.quantisation import Scheme
-from lsp_agent.engine.rounding import quantise, quantise_8bit
+from lsp_agent.engine.rounding import LARGEST_HALF, quantise, quantise_8bit
+from lsp_agent.errors import UserError
 from lsp_agent.machine import usable_cores
 
 CHUNK_VALUES = 1 << 20
@@ -87,19 +88,35 @@ class WeightImporter:
             return self._writer.reserve(spec.shape, "float32")
         if spec.kind == "rows":
             table = tensors[0]
-            per_block, block_bytes = quants.GGML_QUANT_SIZES[table.type]
+            kind = self._rows_type(table)
+            per_block, block_bytes = quants.GGML_QUANT_SIZES[kind]
             blocks = self._writer.reserve((table.rows, table.columns // per_block * block_bytes), "uint8")
-            return Rows(table.type.name, blocks)
+            return Rows(kind.name, blocks)
         if spec.kind == "experts":
             count, rows, columns = spec.shape
             form = self._experts_format(spec)
             if form is None:
-                dense = self._writer.reserve((count * rows, columns), "float32")
+                dense = self._writer.reserve((count * rows, columns), self._float_dtype(tensors))
                 return Experts(count, columns, LinearPart(count * rows, None, values=dense))
             return Experts(count, columns, self._reserve_part(count * rows, columns, form))
         columns = tensors[0].columns
-        parts = [self._reserve_part(sum(t.rows for t in of), columns, form) for form, of in self._groups(spec, tensors)]
+        parts = []
+        for form, of in self._groups(spec, tensors):
+            rows = sum(t.rows for t in of)
+            if form is None:
+                dense = self._writer.reserve((columns, rows), self._float_dtype(of))
+                parts.append(LinearPart(rows, None, values=dense))
+            else:
+                parts.append(self._reserve_part(rows, columns, form))
         return Linear(columns, tuple(parts))
+
+    def _rows_type(self, table: CheckpointTensor) -> GGMLQuantizationType:
+        """An embedding stays as it is, but for fp32 where the scheme halves it."""
+        return self._scheme.float_type({table.type}) if table.type == GGMLQuantizationType.F32 else table.type
+
+    def _float_dtype(self, tensors: Tensors) -> str:
+        half = self._scheme.float_type({t.type for t in tensors}) == GGMLQuantizationType.F16
+        return "float16" if half else "float32"
 
     def fill(self, spec: WeightSpec, tensors: Tensors, weight: Weight) -> Weight:
         """Write one weight where `reserve` said; returns it as the index should name it."""
@@ -109,8 +126,10 @@ class WeightImporter:
         elif isinstance(weight, Rows):
             for start, stop in _chunks(tensors[0].rows, tensors[0].columns):
                 raw = tensors[0].read(start, stop)
-                self._writer.write_rows(weight.blocks, start, raw)
                 self._progress(raw.nbytes)
+                if weight.type != tensors[0].type.name:
+                    raw = _floats(tensors[0], start, stop, "float16").view(np.uint8)
+                self._writer.write_rows(weight.blocks, start, raw)
         elif isinstance(weight, Experts):
             self._fill_experts(tensors, weight)
         else:
@@ -121,10 +140,18 @@ class WeightImporter:
 
     def reports(self, spec: WeightSpec, tensors: Tensors) -> list[TensorReport]:
         """How exactly each tensor of a weight is, or would be, carried."""
-        if spec.kind == "linear":
-            return [_compare(spec.name, t, form) for form, of in self._groups(spec, tensors) for t in of]
-        form = self._experts_format(spec) if spec.kind == "experts" else None
-        return [_compare(spec.name, tensor, form, as_it_is=spec.kind == "rows") for tensor in tensors]
+        if spec.kind == "vector":
+            return [_compare(spec.name, tensor, GGMLQuantizationType.F32) for tensor in tensors]
+        if spec.kind == "rows":
+            return [_compare(spec.name, tensors[0], self._rows_type(tensors[0]))]
+        if spec.kind == "experts":
+            form = self._experts_format(spec) or self._scheme.float_type({t.type for t in tensors})
+            return [_compare(spec.name, tensor, form) for tensor in tensors]
+        return [
+            _compare(spec.name, tensor, form or self._scheme.float_type({t.type for t in of}))
+            for form, of in self._groups(spec, tensors)
+            for tensor in of
+        ]
 
     def _experts_format(self, spec: WeightSpec) -> BlockFormat | None:
         alike = self._experts_of_block[_block_of(spec)]
@@ -141,9 +168,7 @@ class WeightImporter:
                 groups.append((form, [tensor]))
         return groups
 
-    def _reserve_part(self, rows: int, columns: int, form: BlockFormat | None) -> LinearPart:
-        if form is None:
-            return LinearPart(rows, None, values=self._writer.reserve((columns, rows), "float32"))
+    def _reserve_part(self, rows: int, columns: int, form: BlockFormat) -> LinearPart:
         blocks = columns // form.block
         shapes = {
             "codes": ((rows, blocks, form.block * form.bits // 8), "uint8"),
@@ -179,10 +204,11 @@ class WeightImporter:
         step = max(1, MOST_DENSE_VALUES // part.rows)
         for left in range(0, columns, step):
             right, first = min(left + step, columns), 0
-            turned = np.empty((right - left, part.rows), np.float32)
+            turned = np.empty((right - left, part.rows), part.values.dtype)
             for tensor in tensors:
                 for start, stop in _chunks(tensor.rows, tensor.columns):
-                    turned[:, first + start : first + stop] = _values(tensor, start, stop)[:, left:right].T
+                    values = _floats(tensor, start, stop, part.values.dtype)
+                    turned[:, first + start : first + stop] = values[:, left:right].T
                 first += tensor.rows
             self._writer.write_rows(part.values, left, turned)
             done = sum(nbytes(t) for t in tensors)
@@ -191,13 +217,19 @@ class WeightImporter:
     def _fill_experts(self, tensors: Tensors, weight: Experts) -> None:
         rows, columns = tensors[0].rows, tensors[0].columns
 
+        part = weight.part
+
         def convert(start: int, stop: int) -> dict[str, np.ndarray]:
-            sources = [_arrays(t, weight.part.format, start, stop) for t in tensors]
+            if part.format is not None:
+                sources = [_arrays(t, part.format, start, stop) for t in tensors]
+            else:
+                assert part.values is not None
+                sources = [{"values": _floats(t, start, stop, part.values.dtype)} for t in tensors]
             return {name: _interleave([source[name] for source in sources]) for name in sources[0]}
 
         total = sum(nbytes(t) for t in tensors)
         for (start, stop), arrays in self._converted(_chunks(rows, columns * len(tensors)), convert):
-            self._write_arrays(weight.part, start * len(tensors), arrays)
+            self._write_arrays(part, start * len(tensors), arrays)
             self._progress(total * stop // rows - total * start // rows)
 
     def _converted(
@@ -244,9 +276,11 @@ def _interleave(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 def _carry(tensor: CheckpointTensor, start: int, stop: int, form: BlockFormat) -> Blocks:
     carrier = CARRIERS.get(tensor.type)
-    if carrier is not None and carrier.format == form:
-        return reblock(tensor.read(start, stop), tensor.type)
-    if carrier is not None and carrier.format == BlockFormat(4, form.block, False):
+    if carrier is not None and carrier.format == replace(form, half_scales=False):
+        carried = reblock(tensor.read(start, stop), tensor.type)
+        # Where scales are kept in 16 bits, GGUF's symmetric types have them in 16 bits, too.
+        return replace(carried, format=form, scales=carried.scales.astype(form.scale_dtype))
+    if carrier is not None and carrier.format == BlockFormat(4, form.block) and form == BlockFormat(8, form.block):
         return reblock(tensor.read(start, stop), tensor.type).widen()
     return quantise(_values(tensor, start, stop), form)
 
@@ -255,10 +289,18 @@ def _vector(spec: WeightSpec, tensors: Tensors) -> np.ndarray:
     return np.concatenate([_values(t, 0, t.rows).reshape(-1) for t in tensors]).reshape(spec.shape)
 
 
-def _arrays(tensor: CheckpointTensor, form: BlockFormat | None, start: int, stop: int) -> dict[str, np.ndarray]:
+def _floats(tensor: CheckpointTensor, start: int, stop: int, dtype: str) -> np.ndarray:
+    """Rows as float32 or float16 [stop - start, columns]; raises `UserError` where 16 bits do not reach."""
+    values = _values(tensor, start, stop)
+    if dtype == "float16" and np.abs(values).max(initial=0) > LARGEST_HALF:
+        raise UserError(
+            f"Tensor {tensor.name} has values beyond {LARGEST_HALF:.0f}, as no weight should; use another checkpoint."
+        )
+    return values.astype(dtype, copy=False)
+
+
+def _arrays(tensor: CheckpointTensor, form: BlockFormat, start: int, stop: int) -> dict[str, np.ndarray]:
     """Some rows as the arrays of a `LinearPart`, by field name."""
-    if form is None:
-        return {"values": _values(tensor, start, stop)}
     carried = _carry(tensor, start, stop, form)
     arrays = {"codes": carried.codes, "scales": carried.scales}
     if carried.zero_points is not None:
@@ -295,20 +337,22 @@ def _sample(tensor: CheckpointTensor) -> _Sample:
     return _Sample(tensor.name, tensor.type, len(raw), tensor.columns, raw)
 
 
-def _compare(
-    weight: str, tensor: CheckpointTensor, form: BlockFormat | None, *, as_it_is: bool = False
-) -> TensorReport:
+def _compare(weight: str, tensor: CheckpointTensor, form: BlockFormat | GGMLQuantizationType) -> TensorReport:
     """The error of a carried tensor: GGUF's formats are exact but for fp32 rounding."""
     sample = _sample(tensor)
     reference = _values(sample, 0, sample.rows)
-    rms = float(np.sqrt(np.mean(np.square(reference, dtype=np.float64))))
-    about = (weight, tensor.name, tensor.rows * tensor.columns, tensor.type.name)
-    if form is None:
-        per_block, block_bytes = quants.GGML_QUANT_SIZES[tensor.type] if as_it_is else (1, 4)
-        bits = block_bytes * 8 / per_block
-        return TensorReport(*about, int(bits), per_block, bits, True, rms, 0.0, 0.0)
-    error = _carry(sample, 0, sample.rows, form).dequantise() - reference
+    if isinstance(form, BlockFormat):
+        carried = _carry(sample, 0, sample.rows, form).dequantise()
+        codes, block, stored = form.bits, form.block, form.bits_a_weight
+    else:
+        block, block_bytes = quants.GGML_QUANT_SIZES[form]
+        stored = block_bytes * 8 / block
+        codes = int(stored)
+        halved = form == GGMLQuantizationType.F16
+        carried = _floats(sample, 0, sample.rows, "float16").astype(np.float32) if halved else reference
+    error = carried - reference
     relative = float(np.linalg.norm(error) / max(float(np.linalg.norm(reference)), 1e-30))
+    rms = float(np.sqrt(np.mean(np.square(reference, dtype=np.float64))))
     largest = float(np.abs(error).max(initial=0))
-    bits = form.bits_a_weight
-    return TensorReport(*about, form.bits, form.block, bits, relative < 1e-6, rms, relative, largest)
+    about = (weight, tensor.name, tensor.rows * tensor.columns, tensor.type.name)
+    return TensorReport(*about, codes, block, stored, relative < 1e-6, rms, relative, largest)

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     from lsp_agent.engine.graph import GraphBuilder
 
+CONTRIB = "com.microsoft"
+"""The domain of ONNX Runtime's contributed operators."""
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -145,6 +148,7 @@ class Architecture:
 
     `name` is GGUF's `general.architecture`, `hf_name` the `model_type` of Hugging Face's config.json. `zero_centred`:
     Hugging Face stores the weights of the norms less one. `mlp_norm`: GGUF's name of a block's second norm.
+    `normalise_experts`: whether the weights of a token's experts sum to one, where the checkpoint does not say (GGUF).
     """
 
     name: str
@@ -152,3 +156,4 @@ class Architecture:
     block: Callable[[ModelConfig, int], Block]
     zero_centred: bool = False
     mlp_norm: str = "ffn_norm"
+    normalise_experts: bool = True

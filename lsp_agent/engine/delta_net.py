@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lsp_agent.engine.architecture import LinearAttentionConfig, ModelConfig, WeightSpec
-from lsp_agent.engine.graph import CONTRIB, GraphBuilder
+from lsp_agent.engine.architecture import CONTRIB, LinearAttentionConfig, ModelConfig, WeightSpec
+
+if TYPE_CHECKING:
+    from lsp_agent.engine.graph import GraphBuilder
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ import numpy as np
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from lsp_agent.engine.architecture import LinearAttentionConfig, ModelConfig
+from lsp_agent.engine.architecture import CONTRIB, LinearAttentionConfig, ModelConfig
 from lsp_agent.engine.package import WEIGHTS, Experts, Extent, Linear, LinearPart, Package
 from lsp_agent.engine.rotary import rotary_tables
 from lsp_agent.engine.state import StateSpec
 
-CONTRIB = "com.microsoft"
 OPSET = 21
 IR_VERSION = 10
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lsp_agent.engine.architecture import ExpertsConfig, Layer, ModelConfig, WeightSpec
-from lsp_agent.engine.graph import CONTRIB, GraphBuilder
+from lsp_agent.engine.architecture import CONTRIB, ExpertsConfig, Layer, ModelConfig, WeightSpec
 from lsp_agent.engine.layers import DenseMlp
+
+if TYPE_CHECKING:
+    from lsp_agent.engine.graph import GraphBuilder
 
 SHARED = "_shexp"
 

@@ -17,11 +17,10 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, ValidationError, model_validator
 
 from lsp_agent.chat_model import Sampling, Tier
+from lsp_agent.engine.architectures import ARCHITECTURES
 from lsp_agent.errors import ExitCode, UserError
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
-RUNNABLE_ARCHITECTURES = frozenset({"qwen2", "qwen2moe", "qwen3", "qwen3moe", "qwen3next"})
-"""GGUF's names of the architectures that this version's engine can run."""
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 ModelName = Annotated[str, StringConstraints(pattern=f"^{NAME_PATTERN}$")]
@@ -145,7 +144,7 @@ class Manifest(_Part):
     @cached_property
     def runnable(self) -> bool:
         """Whether this version's engine knows the architecture."""
-        return self.architecture in RUNNABLE_ARCHITECTURES
+        return self.architecture in ARCHITECTURES
 
     def check_runnable(self) -> None:
         """Raise `UserError` when the engine does not know the architecture."""

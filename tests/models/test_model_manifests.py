@@ -40,12 +40,6 @@ def test_what_is_shipped() -> None:
         assert (source.sha256, source.size_bytes, models[name].pypi) == (None, None, None)
 
 
-def test_runnable_means_the_engine_has_the_architecture() -> None:
-    from lsp_agent.engine.architectures import ARCHITECTURES
-
-    assert set(ARCHITECTURES) == manifest.RUNNABLE_ARCHITECTURES
-
-
 def test_file_names_are_model_names() -> None:
     for path in (REPOSITORY / "models").glob("*.toml"):
         assert manifest.load(path).name == path.stem

@@ -1,16 +1,26 @@
-"""The architectures the engine can run; a new one is one short file here and a line in `ARCHITECTURES`."""
+"""The architectures the engine can run: each is one short file here, found by being here.
+
+Importing this loads no library, so that a program without a model in it can ask what is supported.
+"""
 
 from __future__ import annotations
 
+import pkgutil
+from collections.abc import Iterator
+from importlib import import_module
+
 from lsp_agent.engine.architecture import Architecture
-from lsp_agent.engine.architectures.qwen2 import QWEN2
-from lsp_agent.engine.architectures.qwen2_moe import QWEN2_MOE
-from lsp_agent.engine.architectures.qwen3 import QWEN3
-from lsp_agent.engine.architectures.qwen3_moe import QWEN3_MOE
-from lsp_agent.engine.architectures.qwen3_next import QWEN3_NEXT
 from lsp_agent.errors import UserError
 
-ARCHITECTURES = {architecture.name: architecture for architecture in (QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, QWEN3_NEXT)}
+
+def _found() -> Iterator[Architecture]:
+    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
+        values = vars(import_module(module.name)).values()
+        yield from (value for value in values if isinstance(value, Architecture))
+
+
+ARCHITECTURES = {architecture.name: architecture for architecture in _found()}
+"""By GGUF's name."""
 
 
 def architecture(name: str) -> Architecture:

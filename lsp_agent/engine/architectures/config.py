@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, Protocol
 
-from lsp_agent.engine.architecture import ExpertsConfig, LinearAttentionConfig, ModelConfig, RopeScaling
+from lsp_agent.engine.architecture import Architecture, ExpertsConfig, LinearAttentionConfig, ModelConfig, RopeScaling
 from lsp_agent.errors import UserError
 
 
@@ -22,12 +22,12 @@ class GgufMetadata(Protocol):
         """The value of `key`; raises `UserError` without one."""
 
 
-def gguf_config(file: GgufMetadata, vocabulary: int, attention_bias: bool) -> ModelConfig:
+def gguf_config(file: GgufMetadata, architecture: Architecture, vocabulary: int, attention_bias: bool) -> ModelConfig:
     """The config in a GGUF file; raises `UserError` when a number is missing or a feature is not supported.
 
     `vocabulary` and `attention_bias` are not in the metadata but follow from the tensors.
     """
-    name = str(file.require("general.architecture"))
+    name = architecture.name
     hidden, heads = int(file.require(f"{name}.embedding_length")), int(file.require(f"{name}.attention.head_count"))
     layers = int(file.require(f"{name}.block_count")) - int(file.get(f"{name}.nextn_predict_layers", 0))
     head_size = file.get(f"{name}.attention.key_length")
@@ -48,7 +48,7 @@ def gguf_config(file: GgufMetadata, vocabulary: int, attention_bias: bool) -> Mo
         rotary=int(rotary) if rotary is not None and int(rotary) != head_size else None,
         rope_scaling=_gguf_scaling(file, name),
         attention_bias=attention_bias,
-        experts=_gguf_experts(file, name),
+        experts=_gguf_experts(file, architecture),
         linear_attention=_gguf_linear_attention(file, name, layers),
     )
 
@@ -67,7 +67,8 @@ def _gguf_scaling(file: GgufMetadata, name: str) -> RopeScaling | None:
     return RopeScaling(kind=kind, factor=factor, original_context=int(original), attention_factor=attention)
 
 
-def _gguf_experts(file: GgufMetadata, name: str) -> ExpertsConfig | None:
+def _gguf_experts(file: GgufMetadata, architecture: Architecture) -> ExpertsConfig | None:
+    name = architecture.name
     count = int(file.get(f"{name}.expert_count", 0))
     if not count:
         return None
@@ -76,7 +77,7 @@ def _gguf_experts(file: GgufMetadata, name: str) -> ExpertsConfig | None:
         used=int(file.require(f"{name}.expert_used_count")),
         intermediate=int(file.require(f"{name}.expert_feed_forward_length")),
         shared_intermediate=int(file.get(f"{name}.expert_shared_feed_forward_length", 0)),
-        normalise=name != "qwen2moe",  # llama.cpp fixes it by the architecture's name; GGUF has no key for it
+        normalise=architecture.normalise_experts,
     )
 
 

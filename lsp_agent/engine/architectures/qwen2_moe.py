@@ -11,4 +11,4 @@ def _block(config: ModelConfig, index: int) -> Block:
     return Block(Attention(bias=config.attention_bias), mlp_of_block(config, index, shared=True))
 
 
-QWEN2_MOE = Architecture(name="qwen2moe", hf_name="qwen2_moe", block=_block)
+QWEN2_MOE = Architecture(name="qwen2moe", hf_name="qwen2_moe", block=_block, normalise_experts=False)

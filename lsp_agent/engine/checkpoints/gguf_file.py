@@ -43,7 +43,7 @@ class GgufFile:
     @cached_property
     def tensors(self) -> Mapping[str, GgufTensor]:
         """See `Checkpoint.tensors`; raises `UserError` as `config` does."""
-        return plain_tensors(self._stored, self.config())
+        return plain_tensors(self._stored, architecture(self.architecture), self.config())
 
     def _tensor(self, tensor: Any) -> GgufTensor:
         kind = GGMLQuantizationType(tensor.tensor_type)
@@ -79,12 +79,12 @@ class GgufFile:
 
     def config(self) -> ModelConfig:
         """See `Checkpoint.config`."""
-        _ = self.architecture  # says so when it is unknown, before any number is missed
+        known = architecture(self.architecture)  # says so when it is unknown, before any number is missed
         embedding = self._stored.get("token_embd.weight")
         if embedding is None:
             raise UserError(f"{self.path} lacks the tensor token_embd.weight; use a complete checkpoint of the model.")
         biased = any(name.endswith((".attn_q.bias", ".attn_qkv.bias")) for name in self._stored)
-        return gguf_config(self, vocabulary=embedding.rows, attention_bias=biased)
+        return gguf_config(self, known, vocabulary=embedding.rows, attention_bias=biased)
 
     def files(self) -> list[Path]:
         """See `Checkpoint.files`."""

@@ -15,12 +15,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from lsp_agent.engine.architecture import LinearAttentionConfig, ModelConfig
+from lsp_agent.engine.architecture import Architecture, LinearAttentionConfig, ModelConfig
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)$")
-GATED = frozenset({"qwen3next"})
-"""Architectures whose query projection also yields a gate."""
-
 RowMap = Callable[[np.ndarray], np.ndarray]
 
 
@@ -45,30 +42,35 @@ class GgufTensor:
         return self.raw[self.source_row(np.arange(start, stop))]
 
 
-def plain_tensors(tensors: Mapping[str, GgufTensor], config: ModelConfig) -> dict[str, GgufTensor]:
+def plain_tensors(
+    tensors: Mapping[str, GgufTensor], architecture: Architecture, config: ModelConfig
+) -> dict[str, GgufTensor]:
     """The tensors under the names and in the layouts that the engine knows; unknown ones stay as they are."""
     plain: dict[str, GgufTensor] = {}
     for name, tensor in tensors.items():
         block = _BLOCK.match(name)
         if block and int(block[1]) >= config.layers:
             continue  # multi-token prediction, whose blocks follow the model's own
-        pieces = _pieces(tensor, int(block[1]), block[2], config) if block else None
+        pieces = _pieces(tensor, int(block[1]), block[2], architecture, config) if block else None
         plain |= {piece.name: piece for piece in pieces or [tensor]}
     return plain
 
 
-def _pieces(tensor: GgufTensor, index: int, part: str, config: ModelConfig) -> list[GgufTensor] | None:
+def _pieces(
+    tensor: GgufTensor, index: int, part: str, architecture: Architecture, config: ModelConfig
+) -> list[GgufTensor] | None:
     prefix, linear = f"blk.{index}", config.linear_attention
-    recurrent = linear is not None and index in linear.layers
     if part == "ffn_gate_up_exps.weight" and config.experts is not None:
         return list(_gate_and_up(tensor, prefix, config.experts.intermediate))
-    if part in ("attn_qkv.weight", "attn_qkv.bias") and not recurrent:
-        kv = config.kv_heads * config.head_size
-        query = config.heads * config.head_size * (2 if config.architecture in GATED else 1)
-        kind = part.rpartition(".")[2]
-        names = [f"{prefix}.attn_{one}.{kind}" for one in "qkv"]
-        return list((_columns if kind == "bias" else _rows)(tensor, names, (query, kv, kv)))
-    if part == "ssm_in.weight" and recurrent and linear is not None:
+    if part in ("attn_qkv.weight", "attn_qkv.bias"):
+        kind, kv = part.rpartition(".")[2], config.kv_heads * config.head_size
+        names = tuple(f"{prefix}.attn_{one}.{kind}" for one in "qkv")
+        wanted = architecture.block(config, index).mixer.weights(config, prefix)
+        for spec in wanted:
+            if spec.sources == names:  # not of Gated DeltaNet, whose q, k and v are one tensor
+                sizes = (spec.shape[0] - 2 * kv, kv, kv)
+                return list((_columns if kind == "bias" else _rows)(tensor, names, sizes))
+    if part == "ssm_in.weight" and linear is not None:
         return list(_by_part(tensor, prefix, linear))
     return None
 

@@ -53,18 +53,21 @@ class RandomGguf:
     architecture: str
     sizes: Sizes
     tied: bool = False
+    named: str = ""
+    """The architecture's name in the file, if it is to be another."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Further keys, without the architecture's name in front; floats, integers, strings and lists of flags."""
     tensors: dict[str, tuple[Type, np.ndarray, tuple[int, ...]]] = field(default_factory=dict)
 
     def write(self, path: Path, *, dequantised: bool = False, tensors_a_file: int = 0) -> Path:
         """Write the file, or several, and return the (first) path; `dequantised`: with the same weights in fp32."""
-        writer = gguf.GGUFWriter(path, self.architecture, split_max_tensors=tensors_a_file)
+        name = self.named or self.architecture
+        writer = gguf.GGUFWriter(path, name, split_max_tensors=tensors_a_file)
         _metadata(writer, self.architecture, self.sizes)
         for key, value in self.metadata.items():
             add = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
-            writer.kv_data[0].pop(f"{self.architecture}.{key}", None)
-            add[type(value)](f"{self.architecture}.{key}", value)
+            writer.kv_data[0].pop(f"{name}.{key}", None)
+            add[type(value)](f"{name}.{key}", value)
         for name, (kind, raw, shape) in self.tensors.items():
             if kind == Type.F32 or dequantised:
                 values = quants.dequantize(raw, kind).astype(np.float32)
@@ -277,7 +280,7 @@ def _metadata(writer: gguf.GGUFWriter, name: str, size: Sizes) -> None:
         writer.add_ssm_group_count(size.key_heads)
         writer.add_ssm_time_step_rank(size.value_heads)
         writer.add_ssm_inner_size(size.value_heads * size.linear_head)
-        writer.add_uint32(f"{name}.full_attention_interval", size.interval)
+        writer.add_full_attention_interval(size.interval)
     tokens, types = vocabulary()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")

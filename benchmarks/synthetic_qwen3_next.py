@@ -20,6 +20,8 @@ HIDDEN, HEADS, KV_HEADS, HEAD_SIZE = 2048, 16, 2, 256
 KEY_HEADS, VALUE_HEADS, STATE, KERNEL = 16, 32, 128, 4
 EXPERTS, USED, WIDTH, VOCABULARY = 512, 10, 512, 151936
 ATTENTION_EVERY = 4
+CODE_RMS = 4.3
+"""Root mean square of the codes -7..7."""
 ROUTER_SPREAD = 1.5
 """Standard deviation of a router's logits."""
 
@@ -73,9 +75,10 @@ class _Weights:
         if shape not in self._made:
             blocks = int(np.prod(shape)) // 32
             raw = np.empty((blocks, 18), np.uint8)
-            raw[:, 2:] = self._random.integers(0, 256, (blocks, 16), dtype=np.uint8)
-            # Codes -8..7, evenly drawn, have a root mean square of 4.6.
-            scale = (0.75 + 0.5 * self._random.random(blocks, dtype=np.float32)) / (4.6 * np.sqrt(shape[-1]))
+            # Codes -7..7: with -8 their mean would not be 0, and all tokens would go one way and route alike.
+            low, high = (self._random.integers(1, 16, (blocks, 16), dtype=np.uint8) for _ in range(2))
+            raw[:, 2:] = low | high << 4
+            scale = (0.75 + 0.5 * self._random.random(blocks, dtype=np.float32)) / (CODE_RMS * np.sqrt(shape[-1]))
             raw[:, :2] = scale.astype(np.float16).view(np.uint8).reshape(blocks, 2)
             self._made[shape] = raw.reshape(*shape[:-1], shape[-1] // 32 * 18)
         self._writer.add_tensor(name, self._made[shape], raw_dtype=GGMLQuantizationType.Q4_0)

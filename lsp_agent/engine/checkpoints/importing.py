@@ -122,14 +122,16 @@ class ImportPlan:
 
     def _identity(self, files: Sequence[Path]) -> dict[str, Any]:
         """What must be the same for an interrupted import to be continued."""
-        layout = json.dumps({name: encode_weight(weight) for name, weight in self.layout.items()})
+        sources = {spec.name: [(t.name, t.type.name) for t in tensors] for spec, tensors in self.matched}
+        layout = {name: encode_weight(weight) for name, weight in self.layout.items()}
+        what = json.dumps([self.config.to_json(), sources, layout])
         return {
             "journal": 1,
             "format": FORMAT_VERSION,
             "version": __version__,
             "scheme": self.scheme,
             "definition": repr(SCHEMES[self.scheme]),
-            "layout": hashlib.sha256(layout.encode()).hexdigest(),
+            "weights": hashlib.sha256(what.encode()).hexdigest(),
             "source": str(self.source.resolve()),
             "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         }

@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 from lsp_agent.engine.architecture import LinearAttentionConfig, ModelConfig
 from lsp_agent.engine.graph import CONTRIB, SWIGLU, GraphBuilder
-from lsp_agent.engine.package import Experts, LinearPart
+from lsp_agent.engine.package import Experts, Extent, LinearPart, Package
 from lsp_agent.errors import UserError
 
 EXPERT_ALIGNMENT = 64
@@ -20,6 +20,10 @@ class CudaGraph(GraphBuilder):
     """Everything runs on the GPU, so that a decode step can be captured as one CUDA graph."""
 
     element = "float16"
+
+    def __init__(self, package: Package, context: int) -> None:
+        super().__init__(package, context)
+        self._converted: dict[int, np.ndarray] = {}
 
     def attention(self, config: ModelConfig, prefix: str, qkv: list[str], normalised: bool) -> str:
         """See `GraphBuilder.attention`."""
@@ -69,17 +73,21 @@ class CudaGraph(GraphBuilder):
     def _half(self, name: str, values: np.ndarray) -> str:
         return self.constant(name, values.astype(np.float16))
 
+    def _half_of(self, name: str, extent: Extent, shape: tuple[int, ...] | None = None) -> str:
+        """Stored floats as fp16: mapped where they are that already, else converted once for all who share them."""
+        if extent.dtype == "float16":
+            return self.external(name, extent, shape)
+        if extent.offset not in self._converted:
+            self._converted[extent.offset] = self._package.array(extent).astype(np.float16)
+        return self.constant(name, self._converted[extent.offset].reshape(shape or extent.shape))
+
     def _dense(self, x: str, name: str, part: LinearPart) -> str:
         assert part.values is not None
-        return self.op("MatMul", [x, self._half(name, self._package.array(part.values))])
+        return self.op("MatMul", [x, self._half_of(name, part.values)])
 
     def _quantised(self, x: str, name: str, columns: int, part: LinearPart) -> str:
         assert part.format is not None and part.codes is not None and part.scales is not None
-        inputs = [
-            x,
-            self.external(f"{name}.codes", part.codes),
-            self._half(f"{name}.scales", self._package.array(part.scales)),
-        ]
+        inputs = [x, self.external(f"{name}.codes", part.codes), self._half_of(f"{name}.scales", part.scales)]
         if part.zero_points is not None:
             inputs.append(self.external(f"{name}.zero_points", part.zero_points))
         product = self.op(
@@ -105,32 +113,45 @@ class CudaGraph(GraphBuilder):
                 f"{self._package.path} has experts of {second.columns} x {first.columns}, which are no multiples of "
                 f"{EXPERT_ALIGNMENT}: this model cannot run on the GPU; use the CPU."
             )
-        routing: dict[str, Any] = {"k": used, "normalize_routing_weights": int(normalise), "domain": CONTRIB}
+        attributes: dict[str, Any] = {"k": used, "normalize_routing_weights": int(normalise), "domain": CONTRIB}
+        attributes |= SWIGLU
         form = first.part.format
         if form is None or second.part.format != form:
             dense = [self._dense_experts(gate_up, first), "", self._dense_experts(down, second)]
-            return self.op("MoE", [x, logits, *dense], **routing, **SWIGLU)
-        return self.op(
-            "QMoE",
-            [x, logits, *self._quantised_experts(gate_up, first), "", *self._quantised_experts(down, second)],
-            expert_weight_bits=form.bits,
-            block_size=form.block,
-            **routing,
-            **SWIGLU,
-        )
+            return self.op("MoE", [x, logits, *dense], **attributes)
+        names = (gate_up, down)
+        codes, scales, zero_points = zip(*map(self._expert_arrays, names, (first, second)), strict=True)
+        inputs = [x, logits, codes[0], scales[0], "", codes[1], scales[1]]
+        attributes |= {"expert_weight_bits": form.bits, "block_size": form.block}
+        if form.element == "e2m1":
+            self.opset, self.ir_version = 25, 11  # the first that know the type of MXFP4's scales
+            ones = [self.constant(f"{name}.ones", np.ones(first.count, np.float32)) for name in names]
+            return self.op("QMoE", [*inputs, *[""] * 8, *ones], quant_type="fp4", **attributes)
+        if form.asymmetric:
+            inputs += [*[""] * 4, *zero_points]
+        # The codes are in rows, as in the package: the provider packs them when it loads.
+        return self.op("QMoE", inputs, weights_prepacked=0, **attributes)
 
     def _dense_experts(self, name: str, experts: Experts) -> str:
         part, shape = experts.part, (experts.count, experts.part.rows // experts.count, experts.columns)
         if part.values is not None:
-            return self._half(name, self._package.array(part.values).reshape(shape))
+            return self._half_of(name, part.values, shape)
         return self._half(name, self._package.blocks(part).dequantise().reshape(shape))
 
-    def _quantised_experts(self, name: str, experts: Experts) -> list[str]:
+    def _expert_arrays(self, name: str, experts: Experts) -> tuple[str, str, str]:
+        """Names of codes [experts, rows, bytes], scales and zero points [experts, rows, blocks]."""
         part, rows = experts.part, experts.part.rows // experts.count
         assert part.format is not None and part.codes is not None and part.scales is not None
-        row_bytes = experts.columns * part.format.bits // 8
-        scales = self._package.array(part.scales).reshape(experts.count, rows, -1)
-        return [
-            self.external(f"{name}.codes", part.codes, (experts.count, rows, row_bytes)),
-            self._half(f"{name}.scales", scales),
-        ]
+        blocks = experts.columns // part.format.block
+        codes = self.external(
+            f"{name}.codes", part.codes, (experts.count, rows, experts.columns * part.format.bits // 8)
+        )
+        shape = (experts.count, rows, blocks)
+        if part.format.element == "e2m1":
+            scales = self.external(f"{name}.scales", part.scales, shape, TensorProto.FLOAT8E8M0)
+        else:
+            scales = self._half_of(f"{name}.scales", part.scales, shape)
+        if part.zero_points is None:
+            return codes, scales, ""
+        packed = (experts.count, rows, -(-blocks * part.format.bits // 8))
+        return codes, scales, self.external(f"{name}.zero_points", part.zero_points, packed)

@@ -16,9 +16,13 @@ Array = Any
 
 
 class Device(Protocol):
-    """Makes arrays in the device's memory and hands them to ONNX Runtime by address."""
+    """Makes arrays in the device's memory and hands them to ONNX Runtime by address.
+
+    `history`: how many runs a recurrent state can go back there without a checkpoint.
+    """
 
     name: DeviceName
+    history: int
 
     def providers(self, options: dict[str, str]) -> list[Any]:
         """What `onnxruntime.InferenceSession` takes as providers; `options` are further options of this one."""
@@ -46,6 +50,7 @@ class CpuDevice:
     """Main memory; unwritten pages of zeros cost none."""
 
     name: DeviceName = "cpu"
+    history = 8
 
     def providers(self, options: dict[str, str]) -> list[Any]:
         """See `Device.providers`."""
@@ -79,6 +84,7 @@ class CudaDevice:
     """The first NVIDIA GPU. One stream carries ONNX Runtime's work and ours, so that neither needs to wait."""
 
     name: DeviceName = "cuda"
+    history = 1  # each step of the ring is a CUDA graph of its own
 
     def __init__(self) -> None:
         self._cupy = _cupy()

@@ -19,7 +19,6 @@ from lsp_agent.engine.state import StateSpec
 
 OPSET = 21
 IR_VERSION = 10
-
 SWIGLU: dict[str, Any] = {
     # Gate and up are interleaved (the CPU kernel knows no other order), alpha 1 and beta 0 make it plain SwiGLU.
     "activation_type": "swiglu",
@@ -45,6 +44,7 @@ class GraphBuilder(ABC):
 
     embeddings, lengths, total_length, rows = "embeddings", "lengths", "total_length", "rows"
     element: Literal["float32", "float16"] = "float32"
+    opset, ir_version = OPSET, IR_VERSION
 
     def __init__(self, package: Package, context: int) -> None:
         self._package = package
@@ -119,9 +119,9 @@ class GraphBuilder(ABC):
         others = tuple(f"Split_{self._count + 1}_{index}" for index in range(1, len(widths)))
         return [self.op("Split", [x, self.integers(widths)], more_outputs=others, axis=-1), *others]
 
-    def external(self, name: str, extent: Extent, shape: tuple[int, ...] | None = None) -> str:
-        """A constant that is mapped from the package as it lies there."""
-        tensor = TensorProto(name=name, data_type=_ONNX_TYPES[extent.dtype], dims=shape or extent.shape)
+    def external(self, name: str, extent: Extent, shape: tuple[int, ...] | None = None, kind: int | None = None) -> str:
+        """A constant that is mapped from the package as it lies there; `kind` is an ONNX type that numpy lacks."""
+        tensor = TensorProto(name=name, data_type=kind or _ONNX_TYPES[extent.dtype], dims=shape or extent.shape)
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", WEIGHTS), ("offset", extent.offset), ("length", extent.nbytes)):
             entry = tensor.external_data.add()
@@ -236,8 +236,8 @@ class GraphBuilder(ABC):
         graph = helper.make_graph(
             self._nodes, "decoder", self._inputs, self._outputs, list(self._initialisers.values())
         )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+        opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid(CONTRIB, 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=self.ir_version)
 
     def session_options(self, threads: int) -> ort.SessionOptions:
         """Options that find the package's weights, share `in_memory` and never let an idle thread spin."""

@@ -10,6 +10,7 @@ import onnxruntime as ort
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.engine.architectures import architecture
+from lsp_agent.engine.captured import NOT_CAPTURED, CapturedSteps, run_options
 from lsp_agent.engine.cpu_graph import CpuGraph
 from lsp_agent.engine.cuda_graph import CudaGraph
 from lsp_agent.engine.decoder import EMBEDDING, build_decoder
@@ -17,7 +18,7 @@ from lsp_agent.engine.device import CpuDevice, Device, bind_input, bind_output
 from lsp_agent.engine.embedding import Embedding
 from lsp_agent.engine.graph import Accuracy, GraphBuilder
 from lsp_agent.engine.package import Package
-from lsp_agent.engine.prepacked import page_experts_in
+from lsp_agent.engine.prepacked import Progress, page_experts_in
 from lsp_agent.engine.state import State
 from lsp_agent.errors import Cancelled, UserError
 
@@ -28,7 +29,13 @@ class Decoder:
     """Runs tokens through the model and moves a `State` on."""
 
     def __init__(
-        self, package: Package, threads: int, context: int, accuracy: Accuracy, device: Device | None = None
+        self,
+        package: Package,
+        threads: int,
+        context: int,
+        accuracy: Accuracy,
+        device: Device | None = None,
+        on_progress: Progress | None = None,
     ) -> None:
         self.config = package.config
         self.device: Device = device or CpuDevice()
@@ -41,15 +48,20 @@ class Decoder:
         options = graph.session_options(threads)
         model = graph.model()
         if self.device.name == "cpu" and accuracy == "fast":
-            page_experts_in(model, package.path)
+            page_experts_in(model, package.path, on_progress)
+        captures = self.device.name == "cuda"
         try:
             self._session = ort.InferenceSession(
-                model.SerializeToString(), options, providers=self.device.providers({})
+                model.SerializeToString(),
+                options,
+                providers=self.device.providers({"enable_cuda_graph": "1"} if captures else {}),
             )
         except Exception as error:  # ORT raises its own untyped errors
             raise UserError(f"ONNX Runtime cannot load {package.path} ({error}); import the model again.") from error
-        if self.device.name != "cpu":
+        self._captured: CapturedSteps | None = None
+        if captures:
             self._shared_memory = {}  # the device has its copy
+            self._captured = CapturedSteps(self._session, self.device, self.config, self._element)
 
     def _graph(self, package: Package, context: int, accuracy: Accuracy) -> GraphBuilder:
         if self.device.name == "cpu":
@@ -74,11 +86,16 @@ class Decoder:
         Raises `Cancelled` within a few operators of `cancel`; the state is then as before.
         """
         batch, length = ids.shape
+        embeddings = self._embed(ids.reshape(-1)).reshape(batch, length, -1).astype(self._element, copy=False)
+        if self._captured is not None and ids.shape == (1, 1) and len(rows) == 1:
+            logits = self._captured.run(embeddings, state)
+            state.commit()
+            return logits.astype(np.float32)
         total = state.length + length
         binding = state.binding(self._session)
         device = self.device
         inputs = {  # the binding borrows these arrays, so they must outlive the run
-            "embeddings": self._embed(ids.reshape(-1)).reshape(batch, length, -1).astype(self._element, copy=False),
+            "embeddings": embeddings,
             "lengths": np.full(batch, total - 1, np.int32),
             "rows": np.asarray(rows, np.int64),
         }
@@ -88,7 +105,7 @@ class Decoder:
         binding.bind_cpu_input("total_length", np.array([total], np.int32))  # the kernels read it on the host
         logits = device.zeros((1, len(rows), self.config.vocabulary), self._element.name)
         bind_output(device, binding, "logits", logits)
-        options = ort.RunOptions()
+        options = run_options(NOT_CAPTURED) if self._captured else ort.RunOptions()
         done = threading.Event()
         watcher = _terminate_on_cancel(options, cancel, done) if cancel is not None and length > 1 else None
         try:

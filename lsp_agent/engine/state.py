@@ -18,8 +18,6 @@ import onnxruntime as ort
 from lsp_agent.engine.device import Array, CpuDevice, Device, bind_input, bind_output
 
 MOST_CHECKPOINTS = 16
-HISTORY = 8
-"""Runs that a recurrent state can go back without a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,19 @@ class State:
 
     def _forget_history(self) -> None:
         """Keep the present buffer of the ring only, as its first."""
-        self._ring = [self._recurrent, *({} for _ in range(HISTORY))]
+        self._ring = [self._recurrent, *({} for _ in range(self._device.history))]
+        self.captured: dict[tuple[int, int], object] = {}  # decode steps by `turn` and bucket, see CapturedSteps
         self._bindings: list[ort.IOBinding | None] = [None] * len(self._ring)
         self._turn = 0
         self._history: list[tuple[int, int]] = []  # length and place in the ring of earlier states, oldest first
 
     def _new_buffers(self) -> dict[str, Array]:
         return {spec.past: self._device.zeros((self._batch, *spec.shape), spec.dtype) for spec in self._replaced}
+
+    @property
+    def turn(self) -> int:
+        """Which buffer of the ring the next run reads."""
+        return self._turn
 
     @property
     def _recurrent(self) -> dict[str, Array]:
@@ -91,29 +95,40 @@ class State:
 
         Kept between runs: binding some hundred values at every step costs a few percent of a small model's time.
         """
-        following = (self._turn + 1) % len(self._ring)
-        # The run overwrites the oldest state, whether it is taken over or not.
-        self._history = [(length, place) for length, place in self._history if place != following]
+        self.begin()
         bound = self._bindings[self._turn]
         if bound is None:
             bound = self._bindings[self._turn] = session.io_binding()
-            self._ring[following] = self._ring[following] or self._new_buffers()
-            for spec in self._specs:
-                past = (self._growing if spec.growing else self._recurrent)[spec.past]
-                present = past if spec.growing else self._ring[following][spec.past]
-                bind_input(self._device, bound, spec.past, past)
-                bind_output(self._device, bound, spec.present, present)
+            self.bind(bound)
         return bound
+
+    def begin(self) -> None:
+        """Prepare for a run, which overwrites the oldest state of the ring whether it is taken over or not."""
+        following = self._following
+        self._history = [(length, place) for length, place in self._history if place != following]
+        self._ring[following] = self._ring[following] or self._new_buffers()
+
+    def bind(self, binding: ort.IOBinding) -> None:
+        """Bind every state as it is for the next run, after `begin`."""
+        for spec in self._specs:
+            past = (self._growing if spec.growing else self._recurrent)[spec.past]
+            present = past if spec.growing else self._ring[self._following][spec.past]
+            bind_input(self._device, binding, spec.past, past)
+            bind_output(self._device, binding, spec.present, present)
+
+    @property
+    def _following(self) -> int:
+        return (self._turn + 1) % len(self._ring)
 
     def commit(self) -> None:
         """Take over what a run has just written; without it the state is as before the run."""
         if self._replaced:
             self._history.append((self.length, self._turn))
-            self._turn = (self._turn + 1) % len(self._ring)
+            self._turn = self._following
 
     def trim(self) -> None:
         """Give back the memory of the history: the state can go back to checkpoints only."""
-        if self._replaced:
+        if self._replaced and self._device.history > 1:
             self._forget_history()
 
     def extend(self, ids: Sequence[int]) -> None:

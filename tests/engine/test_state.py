@@ -8,12 +8,14 @@ from test_golden_hf import PROMPT, read
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
+from lsp_agent.engine.device import CpuDevice
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.generation import prefill
-from lsp_agent.engine.state import HISTORY, MOST_CHECKPOINTS, PrefixCache, State
+from lsp_agent.engine.state import MOST_CHECKPOINTS, PrefixCache, State
 from lsp_agent.errors import Cancelled
 
 HYBRID, ATTENTION = "qwen3-next", "qwen3-moe"
+HISTORY = CpuDevice.history
 
 
 def arrays(state: State) -> dict[str, np.ndarray]:

@@ -164,6 +164,7 @@ def child(source: Path, package: Path, scheme: str, plan_only: bool) -> None:
 
         report = plan.run(package, on_progress)
         result |= {"times": times, "total_s": time.perf_counter() - begin, "package_bytes": report.package_bytes}
+        result["cpu_s"] = time.process_time()
         result["weights_bytes"] = (package / "weights.bin").stat().st_size
         result["errors"] = {t.name: t.relative_rms_error for t in islice(report.tensors, 12)}
     print(json.dumps(result))
@@ -220,6 +221,7 @@ def main() -> None:
                 f"hashing {times['hash']:.0f}, each layer {', '.join(f'{x:.0f}' for x in layers)}, the rest {rest:.0f}"
             )
             hours = (times["hash"] / arguments.layers + mean) * FULL_LAYERS + rest
+            print(f"processor time {result['cpu_s']:.0f} s, {result['cpu_s'] / arguments.layers:.0f} s a layer")
             print(f"extrapolated to {FULL_LAYERS} layers: {hours / 3600:.2f} h")
     finally:
         shutil.rmtree(arguments.folder, ignore_errors=True)

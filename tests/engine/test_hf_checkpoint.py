@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -178,6 +179,73 @@ def test_missing_and_damaged_files(hf_folder, tmp_path):
         (folder / "model.safetensors").write_bytes(data[:size])
         with pytest.raises(UserError, match="truncated or damaged"):
             import_checkpoint(folder, tmp_path / "p")
+
+
+def test_pickles_are_refused_in_one_sentence(hf_folder, tmp_path):
+    folder = shutil.copytree(hf_folder(NEXT), tmp_path / "c")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no safetensors files"):
+        import_checkpoint(folder, tmp_path / "p")
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/never'\ntR.")
+    with pytest.raises(UserError, match=r"pickle files, which can run code and are never loaded; use a .* safetensors"):
+        import_checkpoint(folder, tmp_path / "p")
+
+
+def test_damaged_indexes(hf_folder, tmp_path):
+    folder = shutil.copytree(hf_folder(NEXT, shards=3), tmp_path / "c")
+    index = folder / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    for text in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../../etc/passwd"}}'):
+        index.write_text(text)
+        with pytest.raises(UserError, match=r"damaged|lacks") as caught:
+            import_checkpoint(folder, tmp_path / "p")
+        assert "\n" not in str(caught.value)
+    index.unlink()
+    with pytest.raises(UserError, match=r"lacks model\.safetensors\.index\.json"):
+        import_checkpoint(folder, tmp_path / "p")
+    lost = next(name for name, file in whole["weight_map"].items() if file.startswith("model-00002"))
+    kept = {name: file for name, file in whole["weight_map"].items() if not file.startswith("model-00002")}
+    index.write_text(json.dumps({"weight_map": kept}))  # an index that does not know of a shard
+    with pytest.raises(UserError, match=r"it lacks .* more"):
+        import_checkpoint(folder, tmp_path / "p")
+    assert lost
+
+
+def test_a_shard_that_shrinks_while_it_is_read_is_no_crash(hf_folder, tmp_path):
+    folder = shutil.copytree(hf_folder(NEXT), tmp_path / "c")
+    checkpoint = open_checkpoint(folder)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(file.seek(0, 2) // 2)
+    with pytest.raises(UserError, match="is truncated; download it again"):
+        for tensor in checkpoint.tensors.values():
+            tensor.read(0, tensor.rows)
+
+
+def test_experts_of_several_types_are_read_as_fp32(tmp_path):
+    config, weights = saved()
+    folder = write_hf_checkpoint(tmp_path / "c", config, weights)
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    write_safetensors(folder / "model-00001-of-00002.safetensors", {n: w for n, w in weights.items() if n != name})
+    write_safetensors(folder / "model-00002-of-00002.safetensors", {name: weights[name]}, "BF16")
+    (folder / "model.safetensors").unlink()
+    shards = {n: f"model-0000{1 + (n == name)}-of-00002.safetensors" for n in weights}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    tensor = open_checkpoint(folder).tensors["blk.1.ffn_up_exps.weight"]
+    experts = values(tensor).reshape(16, 32, 64)
+    np.testing.assert_array_equal(experts[3], weights[name].astype(bfloat16).astype(np.float32))
+    np.testing.assert_array_equal(experts[4], weights[name.replace("experts.3", "experts.4")])
+    part = np.ascontiguousarray(tensor.read(3 * 32 - 5, 4 * 32 + 7)).view(np.float32)  # across three pieces
+    np.testing.assert_array_equal(part, experts.reshape(-1, 64)[3 * 32 - 5 : 4 * 32 + 7])
+
+
+def test_shards_are_not_mapped_into_memory(hf_folder):
+    if not (maps := Path("/proc/self/maps")).exists():
+        pytest.skip("no /proc")
+    folder = hf_folder(NEXT, "BF16")
+    for tensor in (checkpoint := open_checkpoint(folder)).tensors.values():
+        tensor.read(0, tensor.rows)
+    assert checkpoint.files() == [folder / "model.safetensors"]
+    assert str(folder) not in maps.read_text()
 
 
 def test_random_damage_to_the_header_never_ends_in_a_traceback(hf_folder, tmp_path):

@@ -13,6 +13,7 @@ from lsp_agent.engine.architecture import ModelConfig
 from lsp_agent.engine.generation import Generation
 from lsp_agent.engine.graph import Accuracy
 from lsp_agent.engine.package import Package
+from lsp_agent.engine.prepacked import Progress
 from lsp_agent.engine.sampling import log_softmax
 from lsp_agent.engine.session import Decoder
 from lsp_agent.engine.state import PrefixCache
@@ -27,25 +28,39 @@ SCORE_CHUNK = 64
 class Engine:
     """Generates and scores text. Not thread-safe: one request at a time."""
 
-    def __init__(self, package: Package, threads: int, context: int, accuracy: Accuracy) -> None:
+    def __init__(
+        self,
+        package: Package,
+        threads: int,
+        context: int,
+        accuracy: Accuracy,
+        on_progress: Progress | None = None,
+    ) -> None:
         self.config: ModelConfig = package.config
         self.threads = threads
         self.tokenizer = Tokenizer(package)
-        self._decoder = Decoder(package, threads, context, accuracy)
+        self._decoder = Decoder(package, threads, context, accuracy, on_progress=on_progress)
         self._prefixes = PrefixCache(self._decoder.states, context)
 
     @classmethod
     def load(
-        cls, package: Path, *, threads: int | None = None, context: int | None = None, accuracy: Accuracy = "fast"
+        cls,
+        package: Path,
+        *,
+        threads: int | None = None,
+        context: int | None = None,
+        accuracy: Accuracy = "fast",
+        on_progress: Progress | None = None,
     ) -> Engine:
         """Load a package folder.
 
-        `context`: most tokens of prompt and answer, at most (and by default) the model's own. Raises `UserError` when
-        the package is damaged or incomplete.
+        `context`: most tokens of prompt and answer, at most (and by default) the model's own. `on_progress(done,
+        total)`: layers whose experts are packed, which a machine's first load does. Raises `UserError` when the
+        package is damaged or incomplete.
         """
         opened = Package(package)
         length = min(context or opened.config.context, opened.config.context)
-        return cls(opened, threads or default_threads(), length, accuracy)
+        return cls(opened, threads or default_threads(), length, accuracy, on_progress)
 
     @property
     def context_length(self) -> int:

@@ -58,11 +58,23 @@ class EngineProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
+                bufsize=0,  # a line that a buffer swallowed would not wake the selector
                 start_new_session=True,  # Ctrl-C in the terminal cancels the run, not the engine under it
             )
 
     def wait_ready(self, cancel: CancelToken) -> None:
-        """Block until the model is loaded; raise its sentence, or one that names the log."""
+        """Block until the model is loaded; raise its sentence, or one that names the log.
+
+        A load may take any time while it makes progress.
+        """
+        message = self._next_message(cancel)
+        while "progress" in message:
+            message = self._next_message(cancel)
+        if "error" in message:
+            self.stop()
+            raise UserError(message["error"])
+
+    def _next_message(self, cancel: CancelToken) -> dict[str, Any]:
         assert self._process.stdout is not None
         waited = 0.0
         with selectors.DefaultSelector() as selector:
@@ -76,10 +88,8 @@ class EngineProcess:
                     self.stop()
                     raise UserError(f"The engine did not load its model in {LOAD_TIMEOUT_S:.0f} s; see {self.log}.")
         line = self._process.stdout.readline()
-        message = json.loads(line) if line else {"error": f"The engine ended while it loaded; see {self.log}."}
-        if "error" in message:
-            self.stop()
-            raise UserError(message["error"])
+        message: dict[str, Any] = {"error": f"The engine ended while it loaded; see {self.log}."}
+        return json.loads(line) if line else message
 
     @property
     def pid(self) -> int:

@@ -1,7 +1,8 @@
 """The engine's own process: started by `lsp_agent.engine.service.client`, it ends with its parent.
 
-The parent holds our standard input open; its end, also by kill -9, closes the pipe and we leave. One JSON line on
-standard output says `{"ready": true}` or `{"error": sentence}`.
+The parent holds our standard input open; its end, also by kill -9, closes the pipe and we leave. JSON lines on
+standard output say `{"progress": [done, total]}` while a first load packs experts, then `{"ready": true}` or
+`{"error": sentence}`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,12 @@ def main() -> None:
         from lsp_agent.engine.engine import Engine
         from lsp_agent.engine.service.server import EngineServer
 
-        engine = Engine.load(arguments.package, threads=arguments.threads, context=arguments.context)
+        engine = Engine.load(
+            arguments.package,
+            threads=arguments.threads,
+            context=arguments.context,
+            on_progress=lambda done, total: _say({"progress": [done, total]}),
+        )
     except UserError as error:
         _say({"error": str(error)})
         sys.exit(error.exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import stat
@@ -19,7 +20,7 @@ import httpx
 import pytest
 
 from lsp_agent.cancel import CancelToken
-from lsp_agent.chat_model import Sampling
+from lsp_agent.chat_model import Message, Sampling, ToolSchema
 from lsp_agent.engine.service import client
 from lsp_agent.engine.service.client import EngineModel
 from lsp_agent.errors import Cancelled, UserError
@@ -240,3 +241,81 @@ def test_a_damaged_package_is_one_sentence(small_model: store.InstalledModel, tm
 def test_an_unknown_model_is_one_sentence() -> None:
     with pytest.raises(UserError, match="model"):
         open_model("no-such-model")
+
+
+READ_FILE = ToolSchema(
+    "read_file",
+    "Read the first lines of a file",
+    {
+        "type": "object",
+        "properties": {"path": {"type": "string"}, "lines": {"type": "integer"}},
+        "required": ["path", "lines"],
+    },
+)
+PORT: list[Message] = [{"role": "user", "content": "Read the first 20 lines of settings.toml and tell me the port."}]
+SETTINGS = 'host = "localhost"\nport = 8417\n'
+
+
+def call_and_result(asked: EngineModel) -> list[Message]:
+    """Ask, check the call that comes back, and give the conversation that goes on after its result."""
+    [answer] = asked.chat(PORT, Sampling(max_tokens=100), CancelToken(), tools=[READ_FILE])
+    [call] = answer.tool_calls
+    assert answer.finish_reason == "tool_calls" and not answer.problems
+    assert (call.name, call.arguments, call.errors) == ("read_file", {"path": "settings.toml", "lines": 20}, ())
+    return [
+        *PORT,
+        {"role": "assistant", "content": answer.text, "tool_calls": answer.tool_calls},
+        {"role": "tool", "tool_call_id": call.id, "content": SETTINGS},
+    ]
+
+
+def test_a_tool_is_called_with_typed_arguments(model: EngineModel) -> None:
+    conversation = call_and_result(model)
+    first = model.chat(PORT, Sampling(max_tokens=1), CancelToken(), tools=[READ_FILE])[0].usage
+    after = model.chat(conversation, Sampling(max_tokens=1), CancelToken(), tools=[READ_FILE])[0].usage
+    assert after.prompt_tokens > first.prompt_tokens
+    assert after.cached_tokens >= first.prompt_tokens - 1
+
+
+def test_a_stream_says_what_the_whole_answer_says(model: EngineModel) -> None:
+    body = {"messages": [{"role": "user", "content": "Count to five."}], "max_tokens": 24}
+    whole = ask(model, "/v1/chat/completions", body).json()["choices"][0]
+    *blocks, done, _ = ask(model, "/v1/chat/completions", {**body, "stream": True}).text.split("\n\n")
+    choices = [json.loads(block.removeprefix("data: "))["choices"][0] for block in blocks]
+    assert done == "data: [DONE]"
+    assert len(choices) > 5
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == whole["message"]["content"]
+    assert [c["finish_reason"] for c in choices] == [None] * (len(choices) - 1) + [whole["finish_reason"]]
+
+
+def test_a_client_that_leaves_a_stream_frees_the_engine(model: EngineModel) -> None:
+    async def leave() -> None:
+        transport = httpx.AsyncHTTPTransport(uds=str(model.process.socket))
+        body = {"messages": STORY, "max_tokens": 1500, "stream": True}
+        async with (
+            httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=60) as http,
+            http.stream("POST", "/v1/chat/completions", json=body) as response,
+        ):
+            async for line in response.aiter_lines():
+                if '"content"' in line:
+                    return
+
+    asyncio.run(leave())
+    started = time.monotonic()
+    model.chat([{"role": "user", "content": "Hi"}], Sampling(max_tokens=2), CancelToken())
+    assert time.monotonic() - started < 10
+
+
+def test_a_tools_result_is_answered_from() -> None:
+    """The 0.5B model calls its tool again and again, the 1.5B model answers once no tools are on offer."""
+    try:
+        installed = store.resolve("qwen2.5-coder-1.5b")
+    except UserError as error:
+        pytest.skip(str(error))
+    larger = EngineModel(installed.name, installed.path, tier="small", context_length=2048)
+    try:
+        [answer] = larger.chat(call_and_result(larger), Sampling(max_tokens=40), CancelToken())
+    finally:
+        larger.close()
+    assert "8417" in answer.text
+    assert answer.finish_reason == "stop"

@@ -17,7 +17,8 @@ from lsp_agent.engine.architectures import architecture
 from lsp_agent.engine.checkpoints.checkpoint import CheckpointTensor, nbytes, open_checkpoint
 from lsp_agent.engine.checkpoints.matching import match_tensors
 from lsp_agent.engine.checkpoints.partial_package import PartialPackage, open_partial
-from lsp_agent.engine.checkpoints.weight_writers import TensorReport, WeightImporter
+from lsp_agent.engine.checkpoints.tensor_reports import TensorReport
+from lsp_agent.engine.checkpoints.weight_writers import WeightImporter
 from lsp_agent.engine.decoder import decoder_weights
 from lsp_agent.engine.gguf_blocks import CARRIERS
 from lsp_agent.engine.package import FORMAT_VERSION, WeightsWriter, encode_weight, write_index
@@ -132,7 +133,6 @@ class ImportPlan:
             "scheme": self.scheme,
             "definition": repr(SCHEMES[self.scheme]),
             "weights": hashlib.sha256(what.encode()).hexdigest(),
-            "source": str(self.source.resolve()),
             "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         }
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lsp_agent.engine.checkpoints.weight_writers import TensorReport
+from lsp_agent.engine.checkpoints.tensor_reports import TensorReport
 from lsp_agent.engine.decoder import EMBEDDING, HEAD
 
 ORDER = (

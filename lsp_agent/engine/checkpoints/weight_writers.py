@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 from gguf import GGMLQuantizationType, quants
 
 from lsp_agent.engine.architecture import WeightSpec
-from lsp_agent.engine.blocks import BlockFormat, Blocks, pack_zero_points
+from lsp_agent.engine.blocks import BlockFormat
 from lsp_agent.engine.checkpoints.checkpoint import CheckpointTensor, nbytes
-from lsp_agent.engine.gguf_blocks import CARRIERS, reblock
+from lsp_agent.engine.checkpoints.conversion import (
+    arrays_of,
+    corrections_roundable,
+    floats_of,
+    interleave,
+    vector_of,
+)
+from lsp_agent.engine.checkpoints.tensor_reports import TensorReport, compare
 from lsp_agent.engine.package import (
     CORRECTION_BLOCK,
     Experts,
@@ -26,8 +33,6 @@ from lsp_agent.engine.package import (
     WeightsWriter,
 )
 from lsp_agent.engine.quantisation import Scheme
-from lsp_agent.engine.rounding import LARGEST_HALF, quantise, quantise_8bit
-from lsp_agent.errors import UserError
 from lsp_agent.machine import usable_cores
 
 CHUNK_VALUES = 1 << 20
@@ -35,31 +40,8 @@ CHUNK_VALUES = 1 << 20
 MOST_THREADS = 16
 MOST_DENSE_VALUES = 1 << 26
 """Values of a dense matrix that are turned at a time."""
-COMPARED_ROWS = 64
-"""Rows of each tensor whose error is measured."""
 
 Tensors = Sequence[CheckpointTensor]
-
-
-@dataclass(frozen=True)
-class TensorReport:
-    """How one tensor of `weight` is carried.
-
-    Errors compare with the checkpoint's own (dequantised) values, in rows spread over the tensor; `rms` is the root
-    mean square of these. `values` counts the whole tensor's, `stored_bits` the bits of one with its share of scales.
-    """
-
-    weight: str
-    name: str
-    values: int
-    source_type: str
-    bits: int
-    block: int
-    stored_bits: float
-    exact: bool
-    rms: float
-    relative_rms_error: float
-    max_error: float
 
 
 class WeightImporter:
@@ -121,14 +103,14 @@ class WeightImporter:
     def fill(self, spec: WeightSpec, tensors: Tensors, weight: Weight) -> Weight:
         """Write one weight where `reserve` said; returns it as the index should name it."""
         if isinstance(weight, Extent):
-            self._writer.write_rows(weight, 0, _vector(spec, tensors))
+            self._writer.write_rows(weight, 0, vector_of(spec, tensors))
             self._progress(sum(nbytes(t) for t in tensors))
         elif isinstance(weight, Rows):
             for start, stop in _chunks(tensors[0].rows, tensors[0].columns):
                 raw = tensors[0].read(start, stop)
                 self._progress(raw.nbytes)
                 if weight.type != tensors[0].type.name:
-                    raw = _floats(tensors[0], start, stop, "float16").view(np.uint8)
+                    raw = floats_of(tensors[0], start, stop, "float16").view(np.uint8)
                 self._writer.write_rows(weight.blocks, start, raw)
         elif isinstance(weight, Experts):
             self._fill_experts(tensors, weight)
@@ -141,14 +123,14 @@ class WeightImporter:
     def reports(self, spec: WeightSpec, tensors: Tensors) -> list[TensorReport]:
         """How exactly each tensor of a weight is, or would be, carried."""
         if spec.kind == "vector":
-            return [_compare(spec.name, tensor, GGMLQuantizationType.F32) for tensor in tensors]
+            return [compare(spec.name, tensor, GGMLQuantizationType.F32) for tensor in tensors]
         if spec.kind == "rows":
-            return [_compare(spec.name, tensors[0], self._rows_type(tensors[0]))]
+            return [compare(spec.name, tensors[0], self._rows_type(tensors[0]))]
         if spec.kind == "experts":
             form = self._experts_format(spec) or self._scheme.float_type({t.type for t in tensors})
-            return [_compare(spec.name, tensor, form) for tensor in tensors]
+            return [compare(spec.name, tensor, form) for tensor in tensors]
         return [
-            _compare(spec.name, tensor, form or self._scheme.float_type({t.type for t in of}))
+            compare(spec.name, tensor, form or self._scheme.float_type({t.type for t in of}))
             for form, of in self._groups(spec, tensors)
             for tensor in of
         ]
@@ -190,9 +172,9 @@ class WeightImporter:
         form, first, roundable = part.format, 0, True
         for tensor in tensors:
             pieces = _chunks(tensor.rows, tensor.columns)
-            for (start, stop), arrays in self._converted(pieces, partial(_arrays, tensor, form)):
+            for (start, stop), arrays in self._converted(pieces, partial(arrays_of, tensor, form)):
                 self._write_arrays(part, first + start, arrays)
-                roundable &= _roundable(arrays)
+                roundable &= corrections_roundable(arrays)
                 self._progress(nbytes(tensor) * stop // tensor.rows - nbytes(tensor) * start // tensor.rows)
             first += tensor.rows
         return part if roundable else replace(part, correction_codes=None, correction_scales=None)
@@ -207,7 +189,7 @@ class WeightImporter:
             turned = np.empty((right - left, part.rows), part.values.dtype)
             for tensor in tensors:
                 for start, stop in _chunks(tensor.rows, tensor.columns):
-                    values = _floats(tensor, start, stop, part.values.dtype)
+                    values = floats_of(tensor, start, stop, part.values.dtype)
                     turned[:, first + start : first + stop] = values[:, left:right].T
                 first += tensor.rows
             self._writer.write_rows(part.values, left, turned)
@@ -221,11 +203,11 @@ class WeightImporter:
 
         def convert(start: int, stop: int) -> dict[str, np.ndarray]:
             if part.format is not None:
-                sources = [_arrays(t, part.format, start, stop) for t in tensors]
+                sources = [arrays_of(t, part.format, start, stop) for t in tensors]
             else:
                 assert part.values is not None
-                sources = [{"values": _floats(t, start, stop, part.values.dtype)} for t in tensors]
-            return {name: _interleave([source[name] for source in sources]) for name in sources[0]}
+                sources = [{"values": floats_of(t, start, stop, part.values.dtype)} for t in tensors]
+            return {name: interleave([source[name] for source in sources]) for name in sources[0]}
 
         total = sum(nbytes(t) for t in tensors)
         for (start, stop), arrays in self._converted(_chunks(rows, columns * len(tensors)), convert):
@@ -259,100 +241,3 @@ def _chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     step = max(1, CHUNK_VALUES // columns)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
-
-
-def _values(tensor: CheckpointTensor, start: int, stop: int) -> np.ndarray:
-    """Rows as fp32 [stop - start, columns]."""
-    raw = np.ascontiguousarray(tensor.read(start, stop))
-    return quants.dequantize(raw, tensor.type).astype(np.float32).reshape(stop - start, tensor.columns)
-
-
-def _interleave(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows a0 b0 a1 b1 … of two arrays of equal shape; one array as it is."""
-    if len(arrays) == 1:
-        return arrays[0]
-    return np.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
-
-
-def _carry(tensor: CheckpointTensor, start: int, stop: int, form: BlockFormat) -> Blocks:
-    carrier = CARRIERS.get(tensor.type)
-    if carrier is not None and carrier.format == replace(form, half_scales=False):
-        carried = reblock(tensor.read(start, stop), tensor.type)
-        # Where scales are kept in 16 bits, GGUF's symmetric types have them in 16 bits, too.
-        return replace(carried, format=form, scales=carried.scales.astype(form.scale_dtype))
-    if carrier is not None and carrier.format == BlockFormat(4, form.block) and form == BlockFormat(8, form.block):
-        return reblock(tensor.read(start, stop), tensor.type).widen()
-    return quantise(_values(tensor, start, stop), form)
-
-
-def _vector(spec: WeightSpec, tensors: Tensors) -> np.ndarray:
-    return np.concatenate([_values(t, 0, t.rows).reshape(-1) for t in tensors]).reshape(spec.shape)
-
-
-def _floats(tensor: CheckpointTensor, start: int, stop: int, dtype: str) -> np.ndarray:
-    """Rows as float32 or float16 [stop - start, columns]; raises `UserError` where 16 bits do not reach."""
-    values = _values(tensor, start, stop)
-    if dtype == "float16" and np.abs(values).max(initial=0) > LARGEST_HALF:
-        raise UserError(
-            f"Tensor {tensor.name} has values beyond {LARGEST_HALF:.0f}, as no weight should; use another checkpoint."
-        )
-    return values.astype(dtype, copy=False)
-
-
-def _arrays(tensor: CheckpointTensor, form: BlockFormat, start: int, stop: int) -> dict[str, np.ndarray]:
-    """Some rows as the arrays of a `LinearPart`, by field name."""
-    carried = _carry(tensor, start, stop, form)
-    arrays = {"codes": carried.codes, "scales": carried.scales}
-    if carried.zero_points is not None:
-        arrays["zero_points"] = pack_zero_points(carried.zero_points, carried.format.bits)
-    if carried.corrections is not None:
-        rounded = quantise_8bit(carried.corrections, BlockFormat(8, CORRECTION_BLOCK))
-        arrays["corrections"] = carried.corrections
-        arrays["correction_codes"], arrays["correction_scales"] = rounded.codes, rounded.scales
-    return arrays
-
-
-def _roundable(arrays: dict[str, np.ndarray]) -> bool:
-    """Whether 8-bit corrections are as good as fp32 ones: they are unless a block's zero point had to be clipped."""
-    return "corrections" not in arrays or bool((np.abs(arrays["corrections"]) <= np.abs(arrays["scales"])).all())
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """Some rows of a tensor, as a tensor."""
-
-    name: str
-    type: GGMLQuantizationType
-    rows: int
-    columns: int
-    raw: np.ndarray
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self.raw[start:stop]
-
-
-def _sample(tensor: CheckpointTensor) -> _Sample:
-    starts = np.unique(np.linspace(0, tensor.rows - 1, min(tensor.rows, COMPARED_ROWS)).astype(int)).tolist()
-    raw = np.concatenate([tensor.read(start, start + 1) for start in starts])
-    return _Sample(tensor.name, tensor.type, len(raw), tensor.columns, raw)
-
-
-def _compare(weight: str, tensor: CheckpointTensor, form: BlockFormat | GGMLQuantizationType) -> TensorReport:
-    """The error of a carried tensor: GGUF's formats are exact but for fp32 rounding."""
-    sample = _sample(tensor)
-    reference = _values(sample, 0, sample.rows)
-    if isinstance(form, BlockFormat):
-        carried = _carry(sample, 0, sample.rows, form).dequantise()
-        codes, block, stored = form.bits, form.block, form.bits_a_weight
-    else:
-        block, block_bytes = quants.GGML_QUANT_SIZES[form]
-        stored = block_bytes * 8 / block
-        codes = int(stored)
-        halved = form == GGMLQuantizationType.F16
-        carried = _floats(sample, 0, sample.rows, "float16").astype(np.float32) if halved else reference
-    error = carried - reference
-    relative = float(np.linalg.norm(error) / max(float(np.linalg.norm(reference)), 1e-30))
-    rms = float(np.sqrt(np.mean(np.square(reference, dtype=np.float64))))
-    largest = float(np.abs(error).max(initial=0))
-    about = (weight, tensor.name, tensor.rows * tensor.columns, tensor.type.name)
-    return TensorReport(*about, codes, block, stored, relative < 1e-6, rms, relative, largest)

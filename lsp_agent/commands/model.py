@@ -97,8 +97,11 @@ def info(name: str, as_json: bool) -> None:
         raise UserError(unknown_name(name, known), ExitCode.USAGE)
     manifest = known[name]
     path = installed[name].path if name in installed else None
+    scheme = store.origin(path).get("scheme") if path else None
     if as_json:
-        click.echo(json.dumps(manifest.model_dump(mode="json") | {"path": str(path) if path else None}))
+        click.echo(
+            json.dumps(manifest.model_dump(mode="json") | {"path": str(path) if path else None, "scheme": scheme})
+        )
         return
     source, pypi = manifest.source, manifest.pypi
     facts = {
@@ -108,6 +111,7 @@ def info(name: str, as_json: bool) -> None:
         "installed": str(path) if path else "no" if manifest.runnable else "no: this version cannot run it yet",
         "architecture": f"{manifest.architecture}, {manifest.parameters / 1e9:.2f}B parameters"
         + (f", {manifest.active_parameters / 1e9:.1f}B active" if manifest.active_parameters else ""),
+        "scheme": scheme or "",
         "tier": manifest.tier,
         "context": f"{manifest.context_length} tokens",
         "memory": gigabytes(manifest.memory_bytes),

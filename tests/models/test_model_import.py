@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -265,6 +266,21 @@ def test_a_killed_import_is_continued(folder: Path, log: Log, tmp_path: Path, mo
     assert whole.path != model.path
     for path in whole.path.iterdir():
         assert (model.path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_of_two_imports_at_once_one_waits_and_finds_it(folder: Path) -> None:
+    command = [sys.executable, "-m", "lsp_agent", "model", "import", str(folder)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    answers = sorted(process.communicate(timeout=60)[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
+    assert answers[0].startswith("Installed tiny-coder-next in")
+    assert answers[1] == "tiny-coder-next is installed already.\n"
+
+
+def test_info_says_the_scheme(folder: Path) -> None:
+    run(folder, "--scheme", "int4")
+    result = CliRunner().invoke(app, ["model", "info", "tiny-coder-next"])
+    assert re.search(r"scheme +int4\n", result.stdout)
 
 
 def test_ctrl_c_says_that_it_can_be_continued_and_rm_frees_the_rest(folder: Path, log: Log) -> None:

@@ -65,7 +65,7 @@ def _fitting(form: BlockFormat | None, columns: Collection[int]) -> BlockFormat 
 
 
 EIGHT = BlockFormat(8, 32)
-FOUR = BlockFormat(4, 32)
+FOUR, FOUR_64, FOUR_128 = (BlockFormat(4, block) for block in (32, 64, 128))
 FOUR_ASYMMETRIC = BlockFormat(4, 32, asymmetric=True)
 MXFP4 = BlockFormat(4, 32, element="e2m1")
 # The kernels of 4-bit experts take scales in 16 bits at no cost, MatMulNBits of the CPU provider does not.
@@ -76,9 +76,9 @@ SchemeName = Literal["keep", "int8", "int4", "int4-64", "int4-128", "int4-asymme
 SCHEMES: dict[SchemeName, Scheme] = {
     "keep": Scheme(None, None, None, refitted=EIGHT, halve=False),
     "int8": Scheme(EIGHT, EIGHT, EIGHT, refitted=EIGHT, halve=True),
-    "int4": Scheme(FOUR, EIGHT, HALF_FOUR, refitted=EIGHT, halve=True),
-    "int4-64": Scheme(BlockFormat(4, 64), EIGHT, BlockFormat(4, 64, half_scales=True), refitted=EIGHT, halve=True),
-    "int4-128": Scheme(BlockFormat(4, 128), EIGHT, BlockFormat(4, 128, half_scales=True), refitted=EIGHT, halve=True),
-    "int4-asymmetric": Scheme(FOUR_ASYMMETRIC, EIGHT, HALF_FOUR_ASYMMETRIC, refitted=EIGHT, halve=True),
-    "mxfp4": Scheme(FOUR, EIGHT, MXFP4, refitted=EIGHT, halve=True),
+    "int4": Scheme(FOUR, EIGHT, HALF_FOUR, refitted=HALF_FOUR_ASYMMETRIC, halve=True),
+    "int4-64": Scheme(FOUR_64, EIGHT, replace(FOUR_64, half_scales=True), refitted=HALF_FOUR_ASYMMETRIC, halve=True),
+    "int4-128": Scheme(FOUR_128, EIGHT, replace(FOUR_128, half_scales=True), refitted=HALF_FOUR_ASYMMETRIC, halve=True),
+    "int4-asymmetric": Scheme(FOUR_ASYMMETRIC, EIGHT, HALF_FOUR_ASYMMETRIC, refitted=HALF_FOUR_ASYMMETRIC, halve=True),
+    "mxfp4": Scheme(FOUR, EIGHT, MXFP4, refitted=MXFP4, halve=True),
 }

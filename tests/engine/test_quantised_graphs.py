@@ -28,17 +28,17 @@ def dequantised(source, target):
             writer.write_rows(extent, 0, array)
             return extent
 
-        def dense(part, transpose):
+        def dense(part, transpose, experts=1):
             if part.format is None:
-                return replace(part, values=write(package.array(part.values)))
-            values = package.blocks(part).dequantise()
+                return replace(part, values=write(package.array(part.values).astype(np.float32)))
+            values = package.blocks(part, experts).dequantise()
             return LinearPart(part.rows, None, values=write(values.T if transpose else values))
 
         for name, weight in package.weights.items():
             if isinstance(weight, Linear):
                 weights[name] = Linear(weight.columns, tuple(dense(part, True) for part in weight.parts))
             elif isinstance(weight, Experts):
-                weights[name] = replace(weight, part=dense(weight.part, False))
+                weights[name] = replace(weight, part=dense(weight.part, False, weight.count))
             elif hasattr(weight, "blocks"):
                 weights[name] = replace(weight, blocks=write(package.array(weight.blocks)))
             else:

@@ -103,6 +103,11 @@ def unpack_nibbles(packed: Array) -> Array:
     return np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
+def transpose_codes(packed: Array) -> Array:
+    """4-bit codes [matrices, rows, columns / 2] as those of the transposed matrices, [matrices, columns, rows / 2]."""
+    return pack_nibbles(unpack_nibbles(packed).swapaxes(1, 2))
+
+
 def pack_zero_points(zero_points: Array, bits: int) -> Array:
     """[rows, blocks] to the layout of `MatMulNBits`: [rows, ceil(blocks * bits / 8)], low bits first."""
     if bits == 8:

@@ -178,7 +178,7 @@ class CpuGraph(GraphBuilder):
         part, shape = experts.part, (experts.count, experts.part.rows // experts.count, experts.columns)
         if part.values is not None:
             return self._floats(name, part.values, shape)
-        return self.constant(name, self._package.blocks(part).dequantise().reshape(shape))
+        return self.constant(name, self._package.blocks(part, experts.count).dequantise().reshape(shape))
 
     def _quantised_experts(self, name: str, experts: Experts) -> list[str]:
         """Codes, scales, and zero points or an empty name."""
@@ -187,7 +187,7 @@ class CpuGraph(GraphBuilder):
         if part.format.element == "e2m1":
             # No kernel of the CPU provider reads MXFP4, but 8-bit codes mean the same values exactly: at twice the
             # memory, all of it resident.
-            wide = self._package.blocks(part).widen()
+            wide = self._package.blocks(part, experts.count).widen()
             arrays = {"codes": wide.codes, "scales": wide.scales}
             return [*(self.constant(f"{name}.{k}", a.reshape(*shape, -1)) for k, a in arrays.items()), ""]
         row_bytes = experts.columns * part.format.bits // 8

@@ -136,7 +136,7 @@ class CudaGraph(GraphBuilder):
         part, shape = experts.part, (experts.count, experts.part.rows // experts.count, experts.columns)
         if part.values is not None:
             return self._half_of(name, part.values, shape)
-        return self._half(name, self._package.blocks(part).dequantise().reshape(shape))
+        return self._half(name, self._package.blocks(part, experts.count).dequantise().reshape(shape))
 
     def _expert_arrays(self, name: str, experts: Experts) -> tuple[str, str, str]:
         """Names of codes [experts, rows, bytes], scales and zero points [experts, rows, blocks]."""
@@ -149,8 +149,10 @@ class CudaGraph(GraphBuilder):
         shape = (experts.count, rows, blocks)
         if part.format.element == "e2m1":
             scales = self.external(f"{name}.scales", part.scales, shape, TensorProto.FLOAT8E8M0)
-        else:
-            scales = self._half_of(f"{name}.scales", part.scales, shape)
+            return codes, scales, ""
+        row_bytes = experts.columns * part.format.bits // 8
+        codes = self.external(f"{name}.codes", part.codes, (experts.count, rows, row_bytes))
+        scales = self._half_of(f"{name}.scales", part.scales, shape)
         if part.zero_points is None:
             return codes, scales, ""
         packed = (experts.count, rows, -(-blocks * part.format.bits // 8))

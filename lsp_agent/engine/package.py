@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from lsp_agent.engine.architecture import ModelConfig
-from lsp_agent.engine.blocks import BlockFormat, Blocks, unpack_zero_points
+from lsp_agent.engine.blocks import BlockFormat, Blocks, transpose_codes, unpack_zero_points
 from lsp_agent.errors import UserError
 
 FORMAT_VERSION = 1
@@ -83,7 +83,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Experts:
-    """`count` matrices [rows, columns] stacked along their rows; dense values are not transposed here."""
+    """`count` matrices [rows, columns] stacked along their rows; dense values are not transposed here.
+
+    MXFP4's codes lie column by column, [columns, rows / 2] for each matrix, as the GPU's kernels read them in place.
+    """
 
     count: int
     columns: int
@@ -193,11 +196,15 @@ class Package:
         """A read-only view of the mapped file."""
         return self._bytes[extent.offset : extent.offset + extent.nbytes].view(extent.dtype).reshape(extent.shape)
 
-    def blocks(self, part: LinearPart) -> Blocks:
-        """The quantised blocks of a part that has a format."""
+    def blocks(self, part: LinearPart, experts: int = 1) -> Blocks:
+        """The quantised blocks of a part that has a format, row by row; `experts`: how many matrices are stacked."""
         assert part.format is not None and part.codes is not None and part.scales is not None
         corrections = None if part.corrections is None else self.array(part.corrections)
         codes, zero_points = self.array(part.codes), None
+        if part.format.element == "e2m1":
+            rows = part.rows // experts
+            columns = codes.shape[1] * part.format.block
+            codes = transpose_codes(codes.reshape(experts, columns, rows // 2)).reshape(codes.shape)
         if part.zero_points is not None:
             zero_points = unpack_zero_points(self.array(part.zero_points), part.format.bits, codes.shape[1])
         return Blocks(part.format, codes, self.array(part.scales), corrections, zero_points)

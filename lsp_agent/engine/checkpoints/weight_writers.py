@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, quants
 
 from lsp_agent.engine.architecture import WeightSpec
-from lsp_agent.engine.blocks import BlockFormat
+from lsp_agent.engine.blocks import BlockFormat, transpose_codes
 from lsp_agent.engine.checkpoints.checkpoint import CheckpointTensor, nbytes
 from lsp_agent.engine.checkpoints.conversion import (
     arrays_of,
@@ -199,7 +199,8 @@ class WeightImporter:
     def _fill_experts(self, tensors: Tensors, weight: Experts) -> None:
         rows, columns = tensors[0].rows, tensors[0].columns
 
-        part = weight.part
+        part, each = weight.part, rows // weight.count
+        by_column = part.format is not None and part.format.element == "e2m1"
 
         def convert(start: int, stop: int) -> dict[str, np.ndarray]:
             if part.format is not None:
@@ -207,10 +208,17 @@ class WeightImporter:
             else:
                 assert part.values is not None
                 sources = [{"values": floats_of(t, start, stop, part.values.dtype)} for t in tensors]
-            return {name: interleave([source[name] for source in sources]) for name in sources[0]}
+            arrays = {name: interleave([source[name] for source in sources]) for name in sources[0]}
+            if by_column:
+                codes = arrays["codes"]
+                matrices = codes.reshape((stop - start) // each, each * len(tensors), -1)
+                arrays["codes"] = transpose_codes(matrices).reshape(codes.shape)
+            return arrays
 
         total = sum(nbytes(t) for t in tensors)
-        for (start, stop), arrays in self._converted(_chunks(rows, columns * len(tensors)), convert):
+        for (start, stop), arrays in self._converted(
+            _chunks(rows, columns * len(tensors), each if by_column else 1), convert
+        ):
             self._write_arrays(part, start * len(tensors), arrays)
             self._progress(total * stop // rows - total * start // rows)
 
@@ -237,7 +245,8 @@ def _block_of(spec: WeightSpec) -> str:
     return spec.name.rpartition(".")[0]
 
 
-def _chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    step = max(1, CHUNK_VALUES // columns)
+def _chunks(rows: int, columns: int, unit: int = 1) -> Iterator[tuple[int, int]]:
+    """Ranges of rows, of whole `unit`s."""
+    step = max(1, CHUNK_VALUES // columns // unit) * unit
     for start in range(0, rows, step):
         yield start, min(start + step, rows)

@@ -42,10 +42,16 @@ def test_shards_make_the_same_package(hf_folder, hf_package, tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("BF16", bfloat16), ("F16", np.float16)])
-def test_16_bit_weights_are_widened_exactly(hf_folder, tmp_path, dtype, kind):
+def test_16_bit_weights_are_kept(hf_folder, tmp_path, dtype, kind):
     config, weights = saved()
     import_checkpoint(hf_folder(NEXT, dtype), tmp_path / "p")
-    rounded = {name: array.astype(kind).astype(np.float32) for name, array in weights.items()}
+
+    def kept(name, array):  # BF16 matrices become F16, which rounds numbers below 6e-5; vectors become fp32
+        wide = array.astype(kind).astype(np.float32)
+        matrix = array.ndim == 2 and "embed_tokens" not in name and "shared_expert_gate" not in name
+        return wide.astype(np.float16).astype(np.float32) if matrix else wide
+
+    rounded = {name: kept(name, array) for name, array in weights.items()}
     import_checkpoint(write_hf_checkpoint(tmp_path / "wide", config, rounded), tmp_path / "q")
     engines = [Engine.load(tmp_path / name, threads=1, accuracy="exact") for name in "pq"]
     logits = [read(engine, [PROMPT])[0] for engine in engines]

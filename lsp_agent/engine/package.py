@@ -196,12 +196,12 @@ class Package:
         """A read-only view of the mapped file."""
         return self._bytes[extent.offset : extent.offset + extent.nbytes].view(extent.dtype).reshape(extent.shape)
 
-    def blocks(self, part: LinearPart, experts: int = 1) -> Blocks:
-        """The quantised blocks of a part that has a format, row by row; `experts`: how many matrices are stacked."""
+    def blocks(self, part: LinearPart, experts: int | None = None) -> Blocks:
+        """The quantised blocks, row by row, of a part that has a format; `experts`: how many it stacks, if it does."""
         assert part.format is not None and part.codes is not None and part.scales is not None
         corrections = None if part.corrections is None else self.array(part.corrections)
         codes, zero_points = self.array(part.codes), None
-        if part.format.element == "e2m1":
+        if part.format.element == "e2m1" and experts is not None:
             rows = part.rows // experts
             columns = codes.shape[1] * part.format.block
             codes = transpose_codes(codes.reshape(experts, columns, rows // 2)).reshape(codes.shape)

@@ -214,7 +214,19 @@ def test_a_source_that_changes_while_it_is_read_is_refused(hf_folder, tmp_path, 
 
     with pytest.raises(UserError, match="was changed while it was read"):
         import_checkpoint(source, tmp_path / "p", on_progress=on_progress)
-    assert not (tmp_path / "p").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_only_what_can_be_continued_is_kept(gguf, tmp_path, filled):
+    filled.stop_after, filled.error = 4, UserError("Tensor x is senseless.")
+    with pytest.raises(UserError, match="senseless"):
+        import_checkpoint(gguf, tmp_path / "p")
+    assert not partial_folder(tmp_path / "p").exists()
+    filled.names.clear()
+    filled.error.__cause__ = OSError(5, "Input/output error")  # reading may succeed the next time
+    with pytest.raises(UserError, match="senseless"):
+        import_checkpoint(gguf, tmp_path / "p")
+    assert len(journalled(tmp_path / "p")) == 4
 
 
 def test_of_two_imports_at_once_one_is_told(hf_folder, tmp_path):

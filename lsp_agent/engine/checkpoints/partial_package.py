@@ -157,8 +157,9 @@ class PartialPackage:
 def open_partial(package: Path, identity: dict[str, Any]) -> Iterator[PartialPackage]:
     """Lock, and take up what an earlier attempt of the same `identity` (JSON) left; of another it is thrown away.
 
-    What is finished also stays when the block raises (Ctrl-C, a full disk, a source that cannot be read). Raises
-    `UserError` when another process writes the same package.
+    What is finished also stays when the block raises (Ctrl-C, a full disk, a source that cannot be read), unless trying
+    again must fail again: a `UserError` that no `OSError` caused. Raises `UserError` when another process writes the
+    same package.
     """
     outer = partial_folder(package)
     outer.mkdir(parents=True, exist_ok=True)
@@ -171,10 +172,11 @@ def open_partial(package: Path, identity: dict[str, Any]) -> Iterator[PartialPac
         partial = PartialPackage(package, identity)
         try:
             yield partial
-        except BaseException:
+        except BaseException as error:
+            hopeless = isinstance(error, UserError) and not isinstance(error.__cause__, OSError)
             with suppress(OSError):  # a full disk: what was journalled before still counts
                 partial.sync()
-            if not partial.finished:
+            if hopeless or not partial.finished:
                 partial.discard()
             raise
         finally:

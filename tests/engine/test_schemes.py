@@ -12,10 +12,12 @@ from test_golden_hf import PROMPT, read
 from test_quantised_graphs import dequantised
 from tiny_hf import random_weights, write_hf_checkpoint
 
+from lsp_agent.engine.blocks import E2M1
 from lsp_agent.engine.checkpoints.importing import import_checkpoint
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.package import Experts, Linear, Package
 from lsp_agent.engine.quantisation import EIGHT, HALF_FOUR, HALF_FOUR_ASYMMETRIC, MXFP4, SCHEMES
+from lsp_agent.engine.rounding import quantise
 from lsp_agent.errors import UserError
 
 
@@ -107,3 +109,23 @@ def test_experts_refitted_to_4_bits_run_as_what_they_stand_for(hf_folder, tmp_pa
     fast, _ = read(Engine.load(tmp_path / "p", threads=1, accuracy="fast"), [PROMPT])
     errors = np.linalg.norm(fast - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
     assert 1e-6 < np.median(errors) < 0.15
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "qwen3-next"])
+def test_mxfp4_experts_lie_column_by_column(hf_package, name):
+    kept, package = Package(hf_package(name)), Package(hf_package(name, "mxfp4"))
+    for projection in ("experts_gate_up", "experts_down"):
+        dense, weight = (p.weights[f"blk.1.{projection}"] for p in (kept, package))
+        values = kept.array(dense.part.values)
+        expected = quantise(values, MXFP4)
+        np.testing.assert_array_equal(package.blocks(weight.part, weight.count).dequantise(), expected.dequantise())
+        rows = weight.part.rows // weight.count
+        stored = package.array(weight.part.codes).reshape(weight.count, weight.columns, rows // 2)
+        scales = package.array(weight.part.scales).reshape(weight.count, rows, weight.columns // 32)
+        values = values.reshape(weight.count, rows, weight.columns)
+        for expert, row, column in np.random.default_rng(0).integers(0, (weight.count, rows, weight.columns), (50, 3)):
+            byte = stored[expert, column, row // 2]
+            code = byte >> 4 if row % 2 else byte & 15
+            scale = 2.0 ** (int(scales[expert, row, column // 32]) - 127)
+            assert abs(E2M1[code] * scale - values[expert, row, column]) <= scale  # half the widest step, 4 to 6
+            assert E2M1[code] * scale == expected.dequantise().reshape(values.shape)[expert, row, column]

@@ -55,6 +55,9 @@ class Checkpoint(Protocol):
     def files(self) -> list[Path]:
         """Every file that holds weights."""
 
+    def release(self) -> None:
+        """Give back the memory of what was read: pages of mapped files."""
+
     def write_tokenizer(self, folder: Path) -> dict[str, Any]:
         """Write tokenizer.json and tokenizer_config.json; returns the ids of the special tokens."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -34,6 +35,7 @@ class GgufFile:
         self.path = self._files[0]
         readers = [_open(file) for file in self._files]
         self._fields = readers[0].fields
+        self._maps = [reader.data.base for reader in readers]
         found = [self._tensor(t) for reader in readers for t in reader.tensors]
         self._stored = {tensor.name: tensor for tensor in found}
         expected = self.get("split.tensors.count")
@@ -89,6 +91,12 @@ class GgufFile:
     def files(self) -> list[Path]:
         """See `Checkpoint.files`."""
         return list(self._files)
+
+    def release(self) -> None:
+        """See `Checkpoint.release`; the pages stay in the system's cache."""
+        for mapped in self._maps:
+            if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def write_tokenizer(self, folder: Path) -> dict[str, Any]:
         """See `Checkpoint.write_tokenizer`."""

@@ -215,6 +215,9 @@ class HfCheckpoint:
         """See `Checkpoint.files`."""
         return self._shards
 
+    def release(self) -> None:
+        """See `Checkpoint.release`; nothing is mapped."""
+
     def write_tokenizer(self, folder: Path) -> dict[str, Any]:
         """See `Checkpoint.write_tokenizer`."""
         return tokenizer_import.copy_hf_tokenizer(self.path, folder)

@@ -75,6 +75,7 @@ class ImportPlan:
         found: list[TensorReport] = []
         for spec, tensors in self.matched:
             found += importer.reports(spec, tensors)
+            self.checkpoint.release()
             meter.add(1)
         return tuple(found)
 
@@ -144,6 +145,7 @@ class ImportPlan:
         for spec, tensors, weight in reserved:
             if spec.name not in partial.finished:
                 filled = importer.fill(spec, tensors, weight)
+                self.checkpoint.release()
                 partial.note_finished(spec.name, filled, sum(map(nbytes, tensors)))
         partial.sync()
         writer.finish()

@@ -15,8 +15,9 @@ what it gives with the original weights.
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -31,7 +32,8 @@ DATA = "data.bin"
 _SAVED, _SAVED_DATA = "saved.onnx", "saved.bin"
 _WEIGHT_INPUTS = (2, 5)
 """Which of `QMoE`'s inputs are weights: those of the first and of the second projection."""
-_SCALES, _ROUTER_WEIGHTS = 3, 14
+_SCALE_INPUTS = (3, 6)
+_ROUTER_WEIGHTS = 14
 _COPY_BYTES = 1 << 24
 
 
@@ -40,29 +42,36 @@ class PackingError(Exception):
 
 
 @dataclass(frozen=True)
-class PackedWeight:
-    """One weight in the file: `blobs` and the stand-in are [offset, bytes], the stand-in has the shape `shape`.
+class PackedTensor:
+    """An initialiser in the file: the array at `extent`, [offset, bytes], of the shape `shape` and ONNX's type `type`.
 
-    `key` is ONNX Runtime's "operator+hash" of the stand-in.
+    Of weights the array is the stand-in, `key` ONNX Runtime's "operator+hash" of it, and `blobs` are the extents of
+    what is packed.
     """
 
+    type: int
     shape: list[int]
-    stand_in: list[int]
-    key: str
-    blobs: list[list[int]]
+    extent: list[int]
+    key: str = ""
+    blobs: list[list[int]] = field(default_factory=list)
 
     def describe(self, tensor: TensorProto, location: str) -> None:
-        """Make `tensor` refer to this weight in the file `location`."""
+        """Make `tensor` refer to this one in the file `location`."""
         tensor.dims[:] = self.shape
-        _refer(tensor, location, self.stand_in)
-        entry = tensor.external_data.add()
-        entry.key = "prepacked_0"
-        entry.value = "|".join([self.key, *(f"{start};{size};0" for start, size in self.blobs)])
+        tensor.data_type = self.type
+        tensor.data_location = TensorProto.EXTERNAL
+        entries = {"location": location, "offset": self.extent[0], "length": self.extent[1]}
+        if self.key:
+            entries["prepacked_0"] = "|".join([self.key, *(f"{start};{size};0" for start, size in self.blobs)])
+        del tensor.external_data[:]
+        for key, value in entries.items():
+            entry = tensor.external_data.add()
+            entry.key, entry.value = key, str(value)
 
     @property
-    def nbytes(self) -> int:
-        """Size of the packed weights."""
-        return sum(size for _, size in self.blobs)
+    def content(self) -> list[list[int]]:
+        """Extents that are not holes."""
+        return self.blobs or [self.extent]
 
 
 def weights_of(node: NodeProto) -> list[str]:
@@ -70,10 +79,17 @@ def weights_of(node: NodeProto) -> list[str]:
     return [node.input[index] for index in _WEIGHT_INPUTS]
 
 
+def packed_bytes(node: NodeProto, tensors: dict[str, TensorProto]) -> int:
+    """What the file will hold of a `QMoE`: codes, scales and sums of blocks, as the fast kernels want them."""
+    codes = sum(math.prod(tensors[name].dims) for name in weights_of(node))
+    scales = [tensors[node.input[index]] for index in _SCALE_INPUTS]
+    return codes + sum(math.prod(t.dims) * 4 * (2 if t.data_type == TensorProto.FLOAT else 3) for t in scales)
+
+
 def pack_node(
     node: NodeProto, tensors: dict[str, TensorProto], folder: Path, work: Path, data: IO[bytes]
-) -> dict[str, PackedWeight]:
-    """Append the packed weights of a `QMoE` to `data`, which is the file `DATA` of `work`, a folder in `folder`.
+) -> dict[str, PackedTensor]:
+    """Append the weights of a `QMoE`, packed, to `data`, which is the file `DATA` of `work`, a folder in `folder`.
 
     `tensors` are the graph's initialisers, whose data lies in files of `folder`. Raises `PackingError`, and `OSError`
     when the disk is full.
@@ -87,36 +103,50 @@ def pack_node(
     expected = session.run(None, feeds)[0]
     del session  # and with it the packed weights in memory
     blobs = {name: _copy_blobs(saved[name][1], work / _SAVED_DATA, data) for name in names}
-    shapes, stand_ins = {}, {}
+    packed = _widen_scales(node, own, folder, data)
     for name in names:
-        shapes[name] = list(own[name].dims) if bits == 8 else [1, *own[name].dims[1:]]
-        stand_ins[name] = _write_stand_in(int(np.prod(shapes[name])), data)
-        own[name].dims[:] = shapes[name]
-        _refer(own[name], location, stand_ins[name])
+        shape = list(own[name].dims) if bits == 8 else [1, *own[name].dims[1:]]
+        packed[name] = PackedTensor(own[name].data_type, shape, _write_stand_in(math.prod(shape), data))
+    _describe(packed, own, location)
     data.flush()
     _, saved = _save(_single(node, own, inputs), folder, work, names)
-    packed = {name: PackedWeight(shapes[name], stand_ins[name], saved[name][0], blobs[name]) for name in names}
-    for name, weight in packed.items():
-        weight.describe(own[name], location)
+    packed |= {name: replace(packed[name], key=saved[name][0], blobs=blobs[name]) for name in names}
+    _describe(packed, own, location)
     session = _session(_single(node, own, inputs), _options(folder))
     if not np.array_equal(session.run(None, feeds)[0], expected, equal_nan=True):
         raise PackingError("ONNX Runtime computes something else with prepacked experts")
     return packed
 
 
-def _refer(tensor: TensorProto, location: str, extent: list[int]) -> None:
-    del tensor.external_data[:]
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", location), ("offset", extent[0]), ("length", extent[1])):
-        entry = tensor.external_data.add()
-        entry.key, entry.value = key, str(value)
+def _describe(packed: dict[str, PackedTensor], own: dict[str, TensorProto], location: str) -> None:
+    for name, tensor in packed.items():
+        tensor.describe(own[name], location)
+
+
+def _widen_scales(
+    node: NodeProto, own: dict[str, TensorProto], folder: Path, data: IO[bytes]
+) -> dict[str, PackedTensor]:
+    """Append 16-bit scales in fp32: ONNX Runtime would convert them at load and keep those of all experts in memory."""
+    widened = {}
+    for name in (node.input[index] for index in _SCALE_INPUTS):
+        tensor = own[name]
+        if tensor.data_type == TensorProto.FLOAT:
+            continue
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        stored = np.memmap(folder / place["location"], kind, "r", int(place["offset"]), tuple(tensor.dims))
+        offset = _next_page(data)
+        for expert in stored:
+            data.write(expert.astype(np.float32).tobytes())
+        widened[name] = PackedTensor(TensorProto.FLOAT, list(tensor.dims), [offset, 4 * stored.size])
+    return widened
 
 
 def _inputs(node: NodeProto, own: dict[str, TensorProto], bits: int) -> dict[str, int]:
     """Widths of activations, router logits and, if the node takes them, router weights."""
     widths = {
         node.input[0]: own[weights_of(node)[0]].dims[2] * 8 // bits,
-        node.input[1]: own[node.input[_SCALES]].dims[0],
+        node.input[1]: own[node.input[_SCALE_INPUTS[0]]].dims[0],
     }
     if len(node.input) > _ROUTER_WEIGHTS and node.input[_ROUTER_WEIGHTS]:
         widths[node.input[_ROUTER_WEIGHTS]] = widths[node.input[1]]

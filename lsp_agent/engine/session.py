@@ -18,7 +18,7 @@ from lsp_agent.engine.device import CpuDevice, Device, bind_input, bind_output
 from lsp_agent.engine.embedding import Embedding
 from lsp_agent.engine.graph import Accuracy, GraphBuilder
 from lsp_agent.engine.package import Package
-from lsp_agent.engine.prepacked import Progress, page_experts_in
+from lsp_agent.engine.prepacked import Progress, page_experts_in, read_in_huge_pages
 from lsp_agent.engine.state import State
 from lsp_agent.errors import Cancelled, UserError
 
@@ -47,8 +47,9 @@ class Decoder:
         self._shared_memory = graph.in_memory  # the session reads it without owning it
         options = graph.session_options(threads)
         model = graph.model()
+        paged = None
         if self.device.name == "cpu" and accuracy == "fast":
-            page_experts_in(model, package.path, on_progress)
+            paged = page_experts_in(model, package.path, on_progress)
         captures = self.device.name == "cuda"
         try:
             self._session = ort.InferenceSession(
@@ -58,6 +59,8 @@ class Decoder:
             )
         except Exception as error:  # ORT raises its own untyped errors
             raise UserError(f"ONNX Runtime cannot load {package.path} ({error}); import the model again.") from error
+        if paged:
+            read_in_huge_pages(paged)
         self._captured: CapturedSteps | None = None
         if captures:
             self._shared_memory = {}  # the device has its copy

@@ -34,7 +34,8 @@ test-gpu:
 	@$(VENV)-gpu/bin/python -m pip install --quiet --disable-pip-version-check -e '.[gpu,test]'
 	@$(VENV)-gpu/bin/python -m pytest -m gpu $(PYTEST_ARGS)
 
-# Exactness against transformers and torch, in an environment of its own: torch is large and never needed to run.
+# Exactness against transformers, in an environment of its own (torch is large and never needed to run), and, where npm
+# is installed, against llama.cpp. LSP_AGENT_PARITY_EXAMPLES sets how many random configurations are tried. Takes 8 GB.
 PARITY_CACHE := $(CURDIR)/build/parity
 test-parity: export LSP_AGENT_PARITY_GGUF = $(PARITY_CACHE)/models/$(TEST_MODEL)/source.gguf
 test-parity:
@@ -42,7 +43,7 @@ test-parity:
 	@$(VENV)-parity/bin/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,test,parity]'
 	@test -f $$LSP_AGENT_PARITY_GGUF || \
 		LSP_AGENT_CACHE_DIR=$(PARITY_CACHE) $(VENV)-parity/bin/lsp-agent model pull --keep-source $(TEST_MODEL)
-	@$(VENV)-parity/bin/python -m pytest -m parity $(PYTEST_ARGS)
+	@$(VENV)-parity/bin/python -m pytest -m parity tests/parity $(PYTEST_ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
-from random_gguf import Sizes, random_gguf
+from random_gguf import CONTEXT, Sizes, random_gguf
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
+from lsp_agent.engine.architecture import RopeScaling
 from lsp_agent.engine.checkpoints.checkpoint import open_checkpoint
 from lsp_agent.engine.checkpoints.importing import import_checkpoint
 from lsp_agent.engine.engine import Engine
@@ -69,6 +70,16 @@ def test_recurrent_layers_are_listed(folders):
     made = random_gguf("qwen3next", sizes=SMALL)
     made.metadata |= {"attention.recurrent_layers": [True, True, False], "full_attention_interval": 2}
     assert package(made, other).config.linear_attention.layers == (0, 1)
+
+
+def test_rope_scaling_is_read(folders):
+    plain, other = folders
+    made = random_gguf("qwen3", sizes=SMALL)
+    made.metadata |= {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+    assert package(made, plain).config.rope_scaling == RopeScaling("yarn", 4.0, CONTEXT)
+    made.metadata |= {"rope.scaling.original_context_length": 128, "rope.scaling.attn_factor": 1.25}
+    found = package(made, other).config.rope_scaling
+    assert (found.original_context, found.attention_factor) == (128, pytest.approx(1.25 * (1 + 0.1 * np.log(4))))
 
 
 def test_biases_follow_from_the_tensors(folders):

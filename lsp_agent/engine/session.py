@@ -95,6 +95,9 @@ class Decoder:
             state.commit()
             return logits.astype(np.float32)
         total = state.length + length
+        wanted = len(rows)
+        if self._captured is not None and not wanted:
+            rows = [0]  # an output without elements has no address on the GPU
         binding = state.binding(self._session)
         device = self.device
         inputs = {  # the binding borrows these arrays, so they must outlive the run
@@ -123,7 +126,7 @@ class Decoder:
             if watcher is not None:
                 watcher.join()
         state.commit()
-        return device.host(logits)[0].astype(np.float32, copy=False)
+        return device.host(logits)[0, :wanted].astype(np.float32, copy=False)
 
     def rollback(self, state: State, count: int) -> None:
         """Forget the last `count` tokens of a state of one sequence.

@@ -45,14 +45,22 @@ def test_restored_and_rolled_back_states_continue_bit_for_bit(decoders, name):
     _, state = read(gpu, [PROMPT[:20]])
     snapshot = state.snapshot()
     expected, _ = read(gpu, [[token] for token in PROMPT[20:]], state)
-    read(gpu, [[1], [2], [3]], state)
-    gpu.rollback(state, 3)
+    read(gpu, [[1]], state)
+    gpu.rollback(state, 1)
     further, _ = read(gpu, [[7], [8]], state)
     other = gpu.new_state(128)
     other.restore(snapshot)
     again, _ = read(gpu, [[token] for token in PROMPT[20:]], other)
     np.testing.assert_array_equal(again, expected)
     np.testing.assert_array_equal(read(gpu, [[7], [8]], other)[0], further)
+
+
+def test_rolling_back_further_reads_again(decoders):
+    gpu, _ = decoders("qwen3-next", "int4")
+    wanted, _ = read(gpu, [PROMPT[:20], [7], [8]])
+    _, state = read(gpu, [PROMPT[:20], [1], [2], [3]])
+    gpu.rollback(state, 3)
+    assert_close(read(gpu, [[7], [8]], state)[0], wanted[-2:])
 
 
 def test_a_batch_decodes_as_single_sequences_do(decoders):

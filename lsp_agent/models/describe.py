@@ -58,7 +58,7 @@ def manifest_of(checkpoint: Checkpoint, name: str | None) -> Manifest:
             active_parameters=active,
             tier=next(tier for tier, limit in TIERS if total <= limit),
             context_length=facts.context,
-            memory_bytes=memory_of(sum(file.stat().st_size for file in checkpoint.files())),
+            memory_bytes=memory_of(sum(file.stat().st_size for file in checkpoint.files()), mixture=active is not None),
             chat=_chat(facts),
             fim=_fim(facts.has_token),
             sampling=_sampling(facts.sampling),
@@ -69,9 +69,13 @@ def manifest_of(checkpoint: Checkpoint, name: str | None) -> Manifest:
         raise UserError(f"{path} says nothing usable about its {where}; {advice}.") from error
 
 
-def memory_of(package_bytes: int) -> int:
-    """An estimate of the main memory that a package takes: packed for the kernels, with a cache and the runtime."""
-    return int(package_bytes * 1.5) + 500_000_000
+def memory_of(package_bytes: int, *, mixture: bool) -> int:
+    """An estimate of the main memory that a package takes, with a cache and the runtime.
+
+    Matrices are packed for the kernels beside the mapped file; routed experts, nearly all of a mixture, page in from a
+    packed file, so the most that they take is their size.
+    """
+    return int(package_bytes * (1.05 if mixture else 1.5)) + 500_000_000
 
 
 def _parameters(checkpoint: Checkpoint, experts: tuple[int, int] | None) -> tuple[int, int | None]:

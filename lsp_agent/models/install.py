@@ -252,7 +252,8 @@ def _install(
             source.replace(built / store.SOURCE_FILE)
         if manifest.package_bytes is None:  # nobody measured it
             size = sum(path.stat().st_size for path in built.iterdir())
-            manifest = manifest.model_copy(update={"package_bytes": size, "memory_bytes": describe.memory_of(size)})
+            memory = describe.memory_of(size, mixture=manifest.active_parameters is not None)
+            manifest = manifest.model_copy(update={"package_bytes": size, "memory_bytes": memory})
         (built / store.MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", "utf-8")
         _sync(built)
         package = store.package_dir(manifest.name)

@@ -197,6 +197,13 @@ def test_pickles_are_refused_in_one_sentence(hf_folder, tmp_path):
         import_checkpoint(folder, tmp_path / "p")
 
 
+def test_a_folder_of_gguf_files(tmp_path):
+    (tmp_path / "b.gguf").touch()
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(UserError, match=r"folder of GGUF files; give one of them, such as a\.gguf"):
+        open_checkpoint(tmp_path)
+
+
 def test_damaged_indexes(hf_folder, tmp_path):
     folder = shutil.copytree(hf_folder(NEXT, shards=3), tmp_path / "c")
     index = folder / "model.safetensors.index.json"

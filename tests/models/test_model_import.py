@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 from tiny_model import Log, write_runnable_gguf
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine" / "golden"))
@@ -25,6 +27,7 @@ from tiny_hf import random_weights, write_hf_checkpoint
 
 from lsp_agent import paths
 from lsp_agent.cli import app
+from lsp_agent.commands import progress
 from lsp_agent.engine.checkpoints.checkpoint import open_checkpoint
 from lsp_agent.errors import ExitCode, UserError
 from lsp_agent.models import describe, install, store
@@ -281,6 +284,22 @@ def test_info_says_the_scheme(folder: Path) -> None:
     run(folder, "--scheme", "int4")
     result = CliRunner().invoke(app, ["model", "info", "tiny-coder-next"])
     assert re.search(r"scheme +int4\n", result.stdout)
+
+
+def test_progress_in_plain_lines_says_how_long_it_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, now = StringIO(), 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with progress.ConsoleProgress(Console(file=text, width=80)) as shown:
+        shown.start("Importing x", 100_000)
+        shown.update(20_000)  # what an interrupted import had done takes no time and must not count as speed
+        for done in range(21_000, 100_001, 1000):
+            now += 10.0
+            shown.update(done)
+    lines = text.getvalue().splitlines()
+    assert lines[0] == "Importing x …" and lines[-1] == "Importing x: 100 %"
+    assert "Importing x: 25 %, about 12 minutes left" in lines
+    assert "Importing x: 75 %, about 4 minutes left" in lines
+    assert 12 < len(lines) < 20  # every quarter, and every minute
 
 
 def test_ctrl_c_says_that_it_can_be_continued_and_rm_frees_the_rest(folder: Path, log: Log) -> None:

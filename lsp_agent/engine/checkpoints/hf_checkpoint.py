@@ -119,6 +119,8 @@ class HfCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):
+            raise UserError(f"{path} is a folder of GGUF files; give one of them, such as {files[0].name}.")
         self._values = tokenizer_import.read_json(path / "config.json")
         kinds = {known.hf_name: known for known in ARCHITECTURES.values()}
         found = self._values.get("model_type")

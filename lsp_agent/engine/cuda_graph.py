@@ -150,11 +150,9 @@ class CudaGraph(GraphBuilder):
         part, rows = experts.part, experts.part.rows // experts.count
         assert part.format is not None and part.codes is not None and part.scales is not None
         blocks = experts.columns // part.format.block
-        codes = self.external(
-            f"{name}.codes", part.codes, (experts.count, rows, experts.columns * part.format.bits // 8)
-        )
         shape = (experts.count, rows, blocks)
         if part.format.element == "e2m1":
+            codes = self.external(f"{name}.codes", part.codes, (experts.count, experts.columns, rows // 2))
             scales = self.external(f"{name}.scales", part.scales, shape, TensorProto.FLOAT8E8M0)
             return codes, scales, ""
         row_bytes = experts.columns * part.format.bits // 8

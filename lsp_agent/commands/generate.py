@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from lsp_agent.cancel import CancelToken
-from lsp_agent.chat_model import Message, Sampling
+from lsp_agent.chat_model import Message, Sampling, ToolSchema
 from lsp_agent.errors import ExitCode, UserError
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -17,7 +17,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.command()
 @click.option("--model", "name", help="An installed model's name, or the folder of a model package.")
 @click.option("--prompt-file", type=_FILE, help="A plain prompt.")
-@click.option("--chat-file", type=_FILE, help='A JSON list of {"role": ..., "content": ...}.')
+@click.option("--chat-file", type=_FILE, help="A JSON list of messages, as OpenAI's API takes them.")
+@click.option("--tools-file", type=_FILE, help="A JSON list of tools, as OpenAI's API takes them, for the chat.")
 @click.option("--fim-prefix", type=_FILE, help="The text before the gap.")
 @click.option("--fim-suffix", type=_FILE, help="The text after the gap.")
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(1))
@@ -35,6 +36,7 @@ def generate(
     name: str | None,
     prompt_file: Path | None,
     chat_file: Path | None,
+    tools_file: Path | None,
     fim_prefix: Path | None,
     fim_suffix: Path | None,
     max_tokens: int,
@@ -59,7 +61,7 @@ def generate(
     if prompt_file:
         ids = engine.tokenizer.encode(_read(prompt_file))
     elif chat_file:
-        ids = engine.chat_prompt(_messages(chat_file))
+        ids = engine.chat_prompt(_messages(chat_file), _tools(tools_file) if tools_file else ())
     else:
         ids = engine.infill_prompt(_read(fim_prefix), _read(fim_suffix))
     sampling = Sampling(max_tokens, temperature, top_k, top_p, min_p, seed=seed, stop=stop)
@@ -99,10 +101,23 @@ def _read(path: Path | None) -> str:
 
 
 def _messages(path: Path) -> list[Message]:
+    from lsp_agent.engine.tool_calls import message_from_openai
+
     try:
-        messages = json.loads(_read(path))
-        return [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
-    except (ValueError, KeyError, TypeError) as error:
+        return [message_from_openai(message) for message in json.loads(_read(path))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f'{path} must hold a JSON list of {{"role": ..., "content": ...}} messages.', ExitCode.USAGE
+        ) from error
+
+
+def _tools(path: Path) -> list[ToolSchema]:
+    from lsp_agent.engine.tool_calls import tool_from_openai
+
+    try:
+        return [tool_from_openai(tool) for tool in json.loads(_read(path))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f'{path} must hold a JSON list of {{"type": "function", "function": {{"name": ...}}}} tools.',
+            ExitCode.USAGE,
         ) from error

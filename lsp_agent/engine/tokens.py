@@ -18,6 +18,9 @@ from lsp_agent.engine.package import Package
 from lsp_agent.engine.tool_calls import ToolCallFormat, format_of_template, template_messages, tool_to_openai
 from lsp_agent.errors import UserError
 
+FILE_SEPARATOR = "<|file_sep|>"
+_SEPARATOR = re.compile(r"^(<\|repo_name\|>|<\|file_sep\|>).*\n", re.MULTILINE)
+
 
 class Tokenizer:
     """The checkpoint's own tokenizer. `end_ids` end an answer; `fim` maps prefix, suffix, middle, … to token ids."""
@@ -91,17 +94,20 @@ class Tokenizer:
         return ids
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text in which nothing is a control token."""
-        self._fast.encode_special_tokens = True
-        try:
-            return self.encode(text)
-        finally:
-            self._fast.encode_special_tokens = False
+        """Token ids of a text in which nothing is a control token: one that is spelled out is cut in two."""
+        ids: list[int] = []
+        start = 0
+        for control in self._controls.finditer(text):
+            ids += self.encode(text[start : control.start() + 1])
+            start = control.start() + 1
+        return ids + self.encode(text[start:])
 
     @cached_property
     def _control_ids(self) -> dict[str, int]:
+        """Tokens that mean something to the model: special ones, and some that files do not mark as such."""
+        meant = {*self.end_ids, *self.fim.values()}
         tokens = self._fast.get_added_tokens_decoder()
-        return {token.content: index for index, token in tokens.items() if token.special}
+        return {token.content: index for index, token in tokens.items() if token.special or index in meant}
 
     @cached_property
     def _controls(self) -> re.Pattern[str]:
@@ -120,11 +126,29 @@ class Tokenizer:
         return value
 
     def infill(self, prefix: str, suffix: str) -> list[int]:
-        """Prefix, suffix, middle: the order that the Qwen2.5-Coder report (arXiv 2409.12186) gives."""
+        """Prefix, suffix, middle: the order that the Qwen2.5-Coder report (arXiv 2409.12186, section 3.1) gives.
+
+        Files in front of the last line `<|file_sep|>PATH` of `prefix` are the repository's, and precede the prefix
+        itself. All else in both texts is text, even where it spells out control tokens. Qwen3-Coder takes the same
+        prompt raw: inside a chat turn, as its README shows it, it answers with prose and code fences.
+        """
         if not {"prefix", "suffix", "middle"} <= self.fim.keys():
             raise UserError("This model was not trained to fill in the middle; use a chat or a plain prompt.")
-        head, tail = self.encode(prefix), self.encode(suffix)
-        return [self.fim["prefix"], *head, self.fim["suffix"], *tail, self.fim["middle"]]
+        files, code = self._split_files(prefix)
+        middle = [self.fim["suffix"], *self.encode_text(suffix), self.fim["middle"]]
+        return [*files, self.fim["prefix"], *self.encode_text(code), *middle]
+
+    def _split_files(self, prefix: str) -> tuple[list[int], str]:
+        """Token ids of the context files in front of a prefix, and the prefix alone."""
+        separators = [found for found in _SEPARATOR.finditer(prefix) if found[1] in self._control_ids]
+        end = max((found.end() for found in separators if found[1] == FILE_SEPARATOR), default=0)
+        ids: list[int] = []
+        start = 0
+        for found in separators:
+            if found.end() <= end:
+                ids += [*self.encode_text(prefix[start : found.start()]), self._control_ids[found[1]]]
+                start = found.end(1)
+        return [*ids, *self.encode_text(prefix[start:end])], prefix[end:]
 
 
 def _unused_character(*values: Any) -> str:

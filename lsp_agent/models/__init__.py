@@ -40,4 +40,5 @@ def open_model(name: str | None = None, cancel: CancelToken | None = None, *, th
         threads=threads,
         cancel=cancel,
         file_tokens=separators,
+        infills=fim is not None,
     )

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from tool_calls_samples import TOOLS, WRITERS, write_qwen3_coder
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Message, Problem, Sampling, ToolSchema
 from lsp_agent.engine.generation import Step, Timings
+from lsp_agent.engine.service.client import EngineModel
 from lsp_agent.engine.service.server import EngineServer
 from lsp_agent.engine.service.shapes import completions
 from lsp_agent.engine.tool_calls import call_to_openai, parse_answer, tool_to_openai
@@ -222,6 +224,14 @@ def test_a_bad_request_gets_the_apis_error_shape(body: dict[str, Any], names: st
     response = ask(Speaker(["x"]), **body)
     assert response.status_code == 400
     assert names in response.json()["error"]["message"]
+
+
+def test_a_model_that_was_not_trained_to_infill_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(EngineModel, "_start", lambda self, cancel: None)
+    model = EngineModel("plain", tmp_path, tier="small", context_length=512, infills=False)
+    with pytest.raises(UserError, match="plain was not trained to fill in the middle"):
+        model.infill("a", "b", Sampling(), CancelToken())
+    model._stop_loop()
 
 
 def test_an_error_within_a_stream_ends_it() -> None:

@@ -145,8 +145,11 @@ class EngineModel:
         threads: int | None = None,
         cancel: CancelToken | None = None,
         file_tokens: tuple[str, str] | None = None,
+        infills: bool = True,
     ) -> None:
+        """`infills`: the model was trained to fill in the middle; that its vocabulary has the tokens says little."""
         self.name = name
+        self._infills = infills
         self.file_tokens = file_tokens
         self.tier: Tier = tier
         self.context_length = context_length
@@ -185,6 +188,10 @@ class EngineModel:
 
     def infill(self, prefix: str, suffix: str, sampling: Sampling, cancel: CancelToken, n: int = 1) -> list[Completion]:
         """See `ChatModel.infill`."""
+        if not self._infills:
+            raise UserError(
+                f"{self.name} was not trained to fill in the middle; choose a coder model (`lsp-agent model list`)."
+            )
         answer = self._post("/v1/completions", {"prompt": prefix, "suffix": suffix, **_body(sampling, n)}, cancel)
         return completions(answer)
 

@@ -9,9 +9,9 @@ from tiny_checkpoint import MIXED
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
+from lsp_agent.engine.answers import collect, total_usage
 from lsp_agent.engine.drafting import PromptLookup
 from lsp_agent.engine.engine import Engine
-from lsp_agent.engine.answers import collect, total_usage
 from lsp_agent.errors import Cancelled, UserError
 
 PROMPT = "def add(a, b):\n    return a + b\n"

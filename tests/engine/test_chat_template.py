@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tool_calls_samples import READ, TOOLS
 
 from lsp_agent.chat_model import Message, ToolCall
+from lsp_agent.commands.generate import generate
 from lsp_agent.engine import chat_template
 from lsp_agent.engine.chat_template import render
 from lsp_agent.engine.package import Package
@@ -38,12 +41,12 @@ CHATML = """\
 @pytest.fixture(scope="module")
 def tokenizer(tiny_package, tmp_path_factory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("chat")
-    for file in tiny_package().iterdir():
-        (folder / file.name).symlink_to(file)
+    shutil.copytree(tiny_package(), folder, dirs_exist_ok=True)
     config = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": CHATML}
-    (folder / "tokenizer_config.json").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return Tokenizer(Package(folder))
+    made = Tokenizer(Package(folder))
+    made.folder = folder
+    return made
 
 
 def test_a_conversation_with_tools_calls_and_results(tokenizer) -> None:
@@ -125,6 +128,26 @@ def test_a_renderer_that_was_killed_is_started_again() -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert render("b", [USER], [], {}) == "b"
+
+
+@pytest.mark.model
+def test_the_real_models_template_tells_the_format_that_its_manifest_names(small_model) -> None:
+    tokenizer = Tokenizer(Package(small_model.path))
+    assert tokenizer.tool_calls == small_model.manifest.chat.tool_calls == "hermes"
+    prompt = tokenizer.decode(tokenizer.chat([USER], TOOLS))
+    for tool in TOOLS:
+        assert json.dumps(tool_to_openai(tool)) in prompt
+
+
+def test_chats_with_tools_from_the_command_line(tokenizer, tmp_path) -> None:
+    chat, tools = tmp_path / "chat.json", tmp_path / "tools.json"
+    chat.write_text(json.dumps([USER]))
+    tools.write_text(json.dumps([tool_to_openai(READ)]))
+    command = ["--model", str(tokenizer.folder), "--chat-file", str(chat), "--tools-file", str(tools), "--json"]
+    result = CliRunner().invoke(generate, [*command, "--max-tokens", "1", "--threads", "1"], catch_exceptions=False)
+    assert json.loads(result.output)["prompt_tokens"] == tokenizer.chat([USER], [READ])
+    tools.write_text('[{"type": "function"}]')
+    assert isinstance(CliRunner().invoke(generate, command).exception, UserError)
 
 
 def test_an_oversized_template_is_refused() -> None:

@@ -32,7 +32,9 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader, GGUFWriter, quants
 
-from lsp_agent.engine.checkpoints.importing import import_checkpoint
+from lsp_agent.engine.checkpoints import importing
+from lsp_agent.engine.checkpoints.checkpoint import Checkpoint, CheckpointTensor
+from lsp_agent.engine.checkpoints.conversion import values_of
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.quantisation import EIGHT, FOUR, FOUR_ASYMMETRIC, MXFP4, SCHEMES, Scheme
@@ -51,11 +53,12 @@ EMBEDDING = "token_embd.weight"
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run the model: `engine` or llama.cpp, on a file whose matrices named in `only` have type `type`."""
+    """A way to run the model: our engine with the matrices named in `only` rounded by `scheme`, or else llama.cpp on
+    a file in `type` (None: the file as it is)."""
 
     name: str
     scheme: str | None = None
-    type: Type = Type.F32
+    type: Type | None = None
     only: tuple[str, ...] = ("",)
 
 
@@ -73,8 +76,53 @@ VARIANTS = [
 LLAMA = [Variant(f"llama.cpp {kind.name}", type=kind) for kind in (Type.Q8_0, Type.Q4_1, Type.Q4_0)]
 
 
-def write_gguf(source: Path, target: Path, kind: Type, only: tuple[str, ...]) -> None:
-    """Copy a GGUF file with its matrices (but for the embedding) in another type: those whose name has an `only`.
+@dataclass(frozen=True)
+class FloatTensor:
+    """A tensor of a GGUF file, dequantised as it is read."""
+
+    source: CheckpointTensor
+    type: Type = Type.F32
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def rows(self) -> int:
+        return self.source.rows
+
+    @property
+    def columns(self) -> int:
+        return self.source.columns
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return values_of(self.source, start, stop).view(np.uint8)
+
+
+@contextmanager
+def in_floating_point(only: tuple[str, ...]) -> Iterator[None]:
+    """Let imports find the matrices whose name has an `only`, but for the embedding, in fp32."""
+    opened = importing.open_checkpoint
+
+    def open_floats(path: Path) -> Checkpoint:
+        checkpoint = opened(path)
+        checkpoint.tensors = {  # type: ignore[misc]
+            name: FloatTensor(tensor) if _chosen(name, tensor.rows, only) else tensor
+            for name, tensor in checkpoint.tensors.items()
+        }
+        return checkpoint
+
+    importing.open_checkpoint = open_floats
+    yield
+    importing.open_checkpoint = opened
+
+
+def _chosen(name: str, rows: int, only: tuple[str, ...]) -> bool:
+    return rows > 1 and name != EMBEDDING and any(part in name for part in only)
+
+
+def write_gguf(source: Path, target: Path, kind: Type) -> None:
+    """Copy a GGUF file with its matrices (but for the embedding) in another type.
 
     The head gets 8 bits where the others get fewer, as in the schemes.
     """
@@ -86,8 +134,8 @@ def write_gguf(source: Path, target: Path, kind: Type, only: tuple[str, ...]) ->
             writer.add_key_value(field.name, field.contents(), field.types[0], sub_type)
     kinds = {}
     for tensor in reader.tensors:
-        matrix = len(tensor.shape) > 1 and tensor.name != EMBEDDING and any(part in tensor.name for part in only)
-        sensitive = tensor.name == "output.weight" and kind != Type.F32
+        matrix = len(tensor.shape) > 1 and tensor.name != EMBEDDING
+        sensitive = tensor.name == "output.weight"
         kinds[tensor.name] = (Type.Q8_0 if sensitive else kind) if matrix else tensor.tensor_type
         shape = tuple(int(n) for n in reversed(tensor.shape))
         columns = shape[-1]
@@ -195,7 +243,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         carried = folder / "carried"
-        import_checkpoint(arguments.gguf, carried)
+        importing.import_checkpoint(arguments.gguf, carried, scheme="keep")
         tokenizer = Tokenizer(Package(carried))
         texts = [tokenizer.encode(path.read_text())[: arguments.tokens] for path in TEXTS]
         reference = reference_of(carried, texts, arguments.reference)
@@ -222,18 +270,13 @@ def main() -> None:
 
         if wanted("carried"):
             run_engine("carried", carried, ["exact", "fast"])
-        files: dict[tuple[str, ...], Path] = {}
         for variant in VARIANTS:
             if not wanted(variant.name):
                 continue
-            if variant.only not in files:
-                for stale in files.values():
-                    stale.unlink()
-                files = {variant.only: folder / "float.gguf"}
-                write_gguf(arguments.gguf, files[variant.only], variant.type, variant.only)
             package = folder / "package"
             started = time.monotonic()
-            imported = import_checkpoint(files[variant.only], package, scheme=variant.scheme)  # type: ignore[arg-type]
+            with in_floating_point(variant.only):
+                imported = importing.import_checkpoint(arguments.gguf, package, scheme=variant.scheme)
             rounded = [tensor for tensor in imported.tensors if not tensor.exact]
             total = sum(tensor.values for tensor in rounded)
             squares = sum(tensor.values * tensor.relative_rms_error**2 for tensor in rounded)
@@ -249,9 +292,9 @@ def main() -> None:
                 if not wanted(variant.name):
                     continue
                 file = arguments.gguf
-                if variant.type != Type.F32:
+                if variant.type is not None:
                     file = folder / "llama.gguf"
-                    write_gguf(arguments.gguf, file, variant.type, variant.only)
+                    write_gguf(arguments.gguf, file, variant.type)
                 comparison = Comparison(reference, texts)
                 for index, ids in enumerate(texts):
                     comparison.add(index, llama_logits(file, arguments.node_modules, ids, folder))

@@ -31,6 +31,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("-n", "count", default=1, show_default=True, type=click.IntRange(1, 32), help="Number of answers.")
 @click.option("--threads", type=click.IntRange(1), help="Threads to compute with.")
 @click.option("--accuracy", type=click.Choice(["fast", "exact"]), default="fast", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="By default LSP_AGENT_DEVICE, else cpu.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of the text.")
 def generate(
     name: str | None,
@@ -49,6 +50,7 @@ def generate(
     count: int,
     threads: int | None,
     accuracy: str,
+    device: str | None,
     as_json: bool,
 ) -> None:
     """Run the model on a prompt, a chat, or a gap to fill."""
@@ -57,7 +59,12 @@ def generate(
         raise UserError("Give exactly one of --prompt-file, --chat-file and --fim-prefix/--fim-suffix.", ExitCode.USAGE)
     from lsp_agent.engine.engine import Engine
 
-    engine = Engine.load(_package(name), threads=threads, accuracy="exact" if accuracy == "exact" else "fast")
+    engine = Engine.load(
+        _package(name),
+        threads=threads,
+        accuracy="exact" if accuracy == "exact" else "fast",
+        device="cuda" if device == "cuda" else "cpu" if device == "cpu" else None,
+    )
     if prompt_file:
         ids = engine.tokenizer.encode(_read(prompt_file))
     elif chat_file:

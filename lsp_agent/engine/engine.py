@@ -10,6 +10,7 @@ import numpy as np
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Message, Sampling, TokenScore, ToolSchema
 from lsp_agent.engine.architecture import ModelConfig
+from lsp_agent.engine.device import Device, DeviceName, open_device
 from lsp_agent.engine.generation import Generation
 from lsp_agent.engine.graph import Accuracy
 from lsp_agent.engine.package import Package
@@ -34,13 +35,14 @@ class Engine:
         threads: int,
         context: int,
         accuracy: Accuracy,
+        device: Device | None = None,
         on_progress: Progress | None = None,
     ) -> None:
         self.config: ModelConfig = package.config
         self.threads = threads
         self.tokenizer = Tokenizer(package)
-        self._decoder = Decoder(package, threads, context, accuracy, on_progress=on_progress)
-        self._prefixes = PrefixCache(self._decoder.states, context)
+        self._decoder = Decoder(package, threads, context, accuracy, device, on_progress)
+        self._prefixes = PrefixCache(self._decoder.states, context, device=self._decoder.device)
 
     @classmethod
     def load(
@@ -50,17 +52,18 @@ class Engine:
         threads: int | None = None,
         context: int | None = None,
         accuracy: Accuracy = "fast",
+        device: DeviceName | None = None,
         on_progress: Progress | None = None,
     ) -> Engine:
         """Load a package folder.
 
         `context`: most tokens of prompt and answer, at most (and by default) the model's own. `on_progress(done,
-        total)`: layers whose experts are packed, which a machine's first load does. Raises `UserError` when the
-        package is damaged or incomplete.
+        total)`: layers whose experts are packed, which a machine's first load does. `device`: see `open_device`.
+        Raises `UserError` when the package is damaged or incomplete, or cannot run on that device.
         """
         opened = Package(package)
         length = min(context or opened.config.context, opened.config.context)
-        return cls(opened, threads or default_threads(), length, accuracy, on_progress)
+        return cls(opened, threads or default_threads(), length, accuracy, open_device(device), on_progress)
 
     @property
     def context_length(self) -> int:

@@ -58,6 +58,9 @@ class Decoder:
                 providers=self.device.providers({"enable_cuda_graph": "1"} if captures else {}),
             )
         except Exception as error:  # ORT raises its own untyped errors
+            if captures and "out of memory" in str(error):
+                message = f"The GPU has too little free memory for {package.path}; free some, or use the CPU."
+                raise UserError(message) from error
             raise UserError(f"ONNX Runtime cannot load {package.path} ({error}); import the model again.") from error
         if paged:
             read_in_huge_pages(paged)

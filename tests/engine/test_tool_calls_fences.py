@@ -102,6 +102,21 @@ def test_code_in_fences_streams_as_soon_as_it_is_known_to_be_no_call() -> None:
     assert parser.feed(" = 1") == [TextDelta(" = 1")]
 
 
+@pytest.mark.parametrize(
+    ("call_format", "text"),
+    [
+        ("hermes", '{"name": "read_file", "arguments": {"path": "a"}'),
+        ("hermes", '{"name": "read_file", "arguments": {"path": "a"'),
+        ("qwen3_coder", "<function=read_file>\n<parameter=path>\na\n</parameter>"),
+    ],
+)
+def test_the_fence_ends_a_call_that_lacks_its_end(call_format: str, text: str) -> None:
+    answer = parse(f"```json\n{text}\n```\n", call_format)
+    assert [(call.name, call.arguments, call.errors) for call in answer.calls] == [("read_file", {"path": "a"}, ())]
+    assert answer.text == "\n"
+    assert parse(f"```json\n{text}\n```", call_format, cut_off=True).calls[0].errors
+
+
 def test_a_fenced_call_that_is_cut_off_is_an_error() -> None:
     for length in range(SEEN.index("arg"), SEEN.rindex("}")):
         (call,) = parse(SEEN[:length], cut_off=True).calls

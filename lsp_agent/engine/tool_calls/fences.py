@@ -16,6 +16,7 @@ from lsp_agent.engine.tool_calls.reader import Draft, NeedMore, Reader, View
 FENCE = "```"
 _OPENER = re.compile(FENCE + r"([\w+.-]*)[ \t]*\r?\n\s*")
 _UNFINISHED = re.compile(FENCE + r"[\w+.-]*[ \t]*\r?|`{1,2}")
+_LAST_LINE = re.compile(r"\n[ \t]*" + FENCE + r"\s*\Z")
 _LINE_END = re.compile(r"[ \t]*(?:\r?\n|\r?\Z)")
 
 FindCall = Callable[[View, int, bool], tuple[int, Reader | None]]
@@ -46,7 +47,7 @@ class FencedReader(Reader):
         if self._inner is None and not self._open(view):
             return None
         assert self._inner is not None
-        draft = self._inner.read(self._inside(view), cut_off)
+        draft = self._inner.read(self._inside(view, cut_off), cut_off)
         if draft is None:
             return None
         place = view.skip_space(self._body + draft.end)
@@ -82,5 +83,8 @@ class FencedReader(Reader):
             raise NeedMore
         return self._inner is not None and place == 0
 
-    def _inside(self, view: View) -> View:
-        return View(view.text[self._body : view.end], view.end - self._body, view.final)
+    def _inside(self, view: View, cut_off: bool = False) -> View:
+        """What the fence holds so far. A fence that ends the answer also ends a call that lacks its own end."""
+        closer = _LAST_LINE.search(view.text, self._body, view.end) if view.final and not cut_off else None
+        end = closer.start() if closer else view.end
+        return View(view.text[self._body : end], end - self._body, view.final)

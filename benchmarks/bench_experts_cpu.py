@@ -95,6 +95,10 @@ def limited(command: list[str], name: str, limit: int) -> Iterator[list[str]]:
         raise SystemExit("no memory cgroup can be made here: run as root with cgroup v1, or where systemd-run works")
 
 
+class EndedEarlyError(Exception):
+    """A worker is gone: -9 or 137 is the kernel's answer to a process that outgrows its cgroup."""
+
+
 class Worker:
     def __init__(self, command: list[str], cwd: Path | None = None) -> None:
         started = time.perf_counter()
@@ -107,7 +111,7 @@ class Worker:
         assert self._process.stdout
         while not (line := self._process.stdout.readline()).startswith("{"):
             if not line:
-                raise SystemExit("a worker ended early; see its messages above")
+                raise EndedEarlyError(f"ended with status {self._process.wait()}")
         return json.loads(line)
 
     def step(self, ids: list[int]) -> dict[str, Any]:
@@ -185,24 +189,26 @@ def compare(arguments: argparse.Namespace, package: Path, ids: list[int]) -> dic
     llama = ["node", "llama_steps_worker.mjs", str(arguments.gguf.resolve()), str(arguments.threads), context]
     rows: dict[str, list[dict[str, Any]]] = {"ours": [], "llama.cpp": []}
     with limited(own, "ours", limit) as own_command, limited(llama, "llama", limit) as llama_command:
-        workers = {"ours": Worker(own_command), "llama.cpp": Worker(llama_command, arguments.node_modules)}
-        for name, worker in workers.items():
-            print(f"{name}: loaded in {worker.load_s:.1f} s, MB {worker.loaded}", flush=True)
+        workers: dict[str, Worker] = {}
+        for name, command, cwd in (("ours", own_command, None), ("llama.cpp", llama_command, arguments.node_modules)):
+            try:
+                workers[name] = Worker(command, cwd)
+                print(f"{name}: loaded in {workers[name].load_s:.1f} s, MB {workers[name].loaded}", flush=True)
+            except EndedEarlyError as error:
+                print(f"{name}: {error} while it loaded", flush=True)
         print("tokens | engine | tokens/s | RssAnon MB | RssFile MB | read MB | experts mapped | load", flush=True)
         for start in range(0, len(ids), arguments.turn):
-            for name, worker in workers.items():
-                row = worker.step(ids[start : start + arguments.turn])
+            for name, worker in list(workers.items()):
+                try:
+                    row = worker.step(ids[start : start + arguments.turn])
+                except EndedEarlyError as error:
+                    print(f"{name}: {error} while it decoded", flush=True)
+                    del workers[name]
+                    continue
                 rows[name].append(row)
                 cells = [f"{row['per_s']:.2f}", *(f"{row[key]:.0f}" for key in ("anon", "file", "read_mb"))]
-                print(
-                    start + arguments.turn,
-                    name,
-                    *cells,
-                    row.get("experts", ""),
-                    f"{os.getloadavg()[0]:.1f}",
-                    sep=" | ",
-                    flush=True,
-                )
+                cells += [str(row.get("experts", "")), f"{os.getloadavg()[0]:.1f}"]
+                print(start + arguments.turn, name, *cells, sep=" | ", flush=True)
         loads = {name: {"load_s": worker.load_s, **worker.loaded} for name, worker in workers.items()}
         for worker in workers.values():
             worker.close()
@@ -240,9 +246,9 @@ def main() -> None:
     rates = {
         name: arguments.turn * len(rows[half:]) / sum(row["seconds"] for row in rows[half:])
         for name, rows in result["rows"].items()
+        if rows[half:]
     }
-    ratio = rates["ours"] / rates["llama.cpp"]
-    print(f"second half: ours {rates['ours']:.2f}, llama.cpp {rates['llama.cpp']:.2f} tokens/s, ratio {ratio:.2f}")
+    print("second half, tokens/s:", ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items()))
     if arguments.json:
         arguments.json.write_text(json.dumps({"sizes": sizes, "disk": speed, "rates": rates, **result}, indent=1))
     return None

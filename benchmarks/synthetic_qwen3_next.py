@@ -2,9 +2,10 @@
 
     python benchmarks/synthetic_qwen3_next.py LAYERS OUT.gguf --tokenizer MODEL.gguf
 
-Matrices have the size of trained ones (fan-in), so that activations stay near 1 and the router chooses by token and
-layer. Quantised matrices of one shape share their bytes between layers; routers are each their own, so that layers
-route differently. The tokenizer is copied from `MODEL.gguf`, any Qwen2.5 file: llama.cpp wants one.
+At least 4 layers: attention is in every fourth, and llama.cpp fails without any. Matrices have the size of trained
+ones (fan-in), so that activations stay near 1 and the router chooses by token and layer. Quantised matrices of one
+shape share their bytes between layers; routers are each their own, so that layers route differently. The tokenizer is
+copied from `MODEL.gguf`, any Qwen2.5 file: llama.cpp wants one.
 """
 
 from __future__ import annotations

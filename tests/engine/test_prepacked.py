@@ -365,3 +365,27 @@ def test_own_memory_does_not_grow_with_the_experts(tmp_path):
         growth = {name: memory[name, 256][moment] - memory[name, 16][moment] for name in ("paged", "packed at load")}
         assert growth["packed at load"] > 50e6, memory  # else this test measures nothing
         assert growth["paged"] < 8e6, memory
+
+
+def mapping_flags(file):
+    """What the kernel notes of each mapping of `file`, in two letters each."""
+    text = Path("/proc/self/smaps").read_text()
+    return [
+        set(re.search(r"VmFlags: (.*)", entry)[1].split())
+        for entry in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", text)
+        if str(file) in entry.splitlines()[0]
+    ]
+
+
+@pytest.mark.parametrize(("limit", "advised"), [(0, True), (1 << 60, False)], ids=["large", "small"])
+def test_a_large_read_ahead_is_bounded(package, monkeypatch, limit, advised):
+    folder = package()
+    device = folder.stat().st_dev
+    if not Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb").exists():
+        pytest.skip("this file system has no read-ahead to look up")
+    monkeypatch.setattr(prepacked, "_HUGE_PAGE", limit)
+    decoder = Decoder(Package(folder), 1, 64, "fast")
+    found = mapping_flags(only_file(folder))
+    assert found
+    assert all(({"hg", "rr"} <= flags) is advised for flags in found)
+    assert decoder.run(IDS, decoder.new_state(64), [0]).shape == (1, decoder.config.vocabulary)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from lsp_agent.chat_model import Tier
+from lsp_agent.engine.fim import QWEN_FIM
 from lsp_agent.errors import UserError
-from lsp_agent.models.manifest import QWEN_FIM, Chat, FillInTheMiddle, Manifest, SamplingDefaults
+from lsp_agent.models.manifest import Chat, FillInTheMiddle, Manifest, SamplingDefaults
 
 if TYPE_CHECKING:
     from lsp_agent.engine.checkpoints.checkpoint import Checkpoint

@@ -27,17 +27,6 @@ ModelName = Annotated[str, StringConstraints(pattern=f"^{NAME_PATTERN}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[\w][\w./-]*$")]
 
 
-QWEN_FIM = {
-    "prefix": "<|fim_prefix|>",
-    "suffix": "<|fim_suffix|>",
-    "middle": "<|fim_middle|>",
-    "pad": "<|fim_pad|>",
-    "repo_name": "<|repo_name|>",
-    "file_sep": "<|file_sep|>",
-}
-"""The special tokens of fill-in-the-middle in the Qwen families (Hui et al., 2024, section 3.1)."""
-
-
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 

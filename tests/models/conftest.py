@@ -13,7 +13,8 @@ import pytest
 from gguf import GGUFWriter
 from tiny_model import CONTENT, COUNT, PART, Hub, Log, tiny_manifest, write_manifest, write_wheel
 
-from lsp_agent.models.manifest import QWEN_FIM, Manifest
+from lsp_agent.engine.fim import QWEN_FIM
+from lsp_agent.models.manifest import Manifest
 
 
 @pytest.fixture(autouse=True)

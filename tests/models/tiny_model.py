@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quants
 
-from lsp_agent.models.manifest import QWEN_FIM, Manifest
+from lsp_agent.engine.fim import QWEN_FIM
+from lsp_agent.models.manifest import Manifest
 
 PART = 100_000
 COUNT = 3

@@ -11,8 +11,8 @@ from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from lsp_agent.engine.architectures.config import GgufMetadata
+from lsp_agent.engine.fim import QWEN_FIM
 from lsp_agent.errors import UserError
-from lsp_agent.models.manifest import QWEN_FIM
 
 SPLIT_PATTERNS = {
     # From the published tokenizer.json of the Qwen2 family; `tokenizer.ggml.pre` names it.

@@ -202,3 +202,12 @@ def test_schemes_keep_8_bits_where_it_matters():
         if name != "keep":
             assert scheme.sensitive.bits == 8
     assert SCHEMES["mxfp4"].experts == MXFP4 and SCHEMES["mxfp4"].ordinary.element == "int"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_many_rows_are_rounded_like_each_of_them(name):
+    values = np.random.default_rng(3).standard_normal((300, 1024)).astype(np.float32)
+    rows = [0, 127, 128, 299]  # on either side of where large matrices are cut
+    np.testing.assert_array_equal(
+        quantise(values, FORMATS[name]).dequantise()[rows], quantise(values[rows], FORMATS[name]).dequantise()
+    )

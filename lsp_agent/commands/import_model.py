@@ -18,6 +18,7 @@ from lsp_agent.engine.checkpoints.importing import ImportPlan
 from lsp_agent.engine.checkpoints.tensor_classes import by_class
 from lsp_agent.engine.quantisation import SCHEMES, SchemeName
 from lsp_agent.models import install, store
+from lsp_agent.models.identify import identify
 
 EXACT = 1e-6
 """Relative errors below are those of fp32 arithmetic."""
@@ -74,7 +75,7 @@ def _import(
 def _plan(
     path: Path, name: str | None, scheme: SchemeName | None, report: bool, progress: ConsoleProgress
 ) -> dict[str, Any]:
-    manifest = install.identify(path, name, progress)
+    manifest = identify(path, name, progress)
     plan = ImportPlan(path, scheme)
     plan.check_disk(paths.models_dir())
     active = f", {manifest.active_parameters / 1e9:.1f}B active" if manifest.active_parameters else ""

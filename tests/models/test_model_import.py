@@ -31,6 +31,7 @@ from lsp_agent.commands import progress
 from lsp_agent.engine.checkpoints.checkpoint import open_checkpoint
 from lsp_agent.errors import ExitCode, UserError
 from lsp_agent.models import describe, install, store
+from lsp_agent.models.identify import identify
 from lsp_agent.models.manifest import Manifest
 
 GOLDEN = Path(__file__).parents[1] / "engine" / "golden" / "golden_hf.npz"
@@ -200,7 +201,7 @@ def test_another_scheme_needs_another_name(folder: Path) -> None:
 
 def test_a_known_name_needs_the_known_size(folder: Path, log: Log) -> None:
     with pytest.raises(UserError, match="is not the model known as qwen3-coder-next; choose another name"):
-        install.identify(folder, "qwen3-coder-next", log)
+        identify(folder, "qwen3-coder-next", log)
 
 
 def test_a_model_whose_hash_is_not_known_is_known_by_name_and_size(

@@ -61,7 +61,7 @@ def manifest_of(checkpoint: Checkpoint, name: str | None) -> Manifest:
             context_length=facts.context,
             memory_bytes=memory_of(sum(file.stat().st_size for file in checkpoint.files()), mixture=active is not None),
             chat=_chat(facts),
-            fim=_fim(facts.has_token),
+            fim=_fim(facts),
             sampling=_sampling(facts.sampling),
         )
     except ValidationError as error:
@@ -104,11 +104,12 @@ def _chat(facts: _Facts) -> Chat:
     )
 
 
-def _fim(has_token: Callable[[str], bool]) -> FillInTheMiddle | None:
-    present = {kind: token for kind, token in QWEN_FIM.items() if has_token(token)}
-    if not {"prefix", "suffix", "middle"} <= present.keys():
+def _fim(facts: _Facts) -> FillInTheMiddle | None:
+    """The tokens, of a model that was trained with them: the vocabularies of plain Qwen models have them as well."""
+    present = {kind: token for kind, token in QWEN_FIM.items() if facts.has_token(token)}
+    if not {"prefix", "suffix", "middle"} <= present.keys() or "coder" not in facts.title.lower():
         return None
-    stop = (*(token for token in ("<|endoftext|>", "<|im_end|>") if has_token(token)), *present.values())
+    stop = (*(token for token in ("<|endoftext|>", "<|im_end|>") if facts.has_token(token)), *present.values())
     return FillInTheMiddle(**present, stop=stop)
 
 

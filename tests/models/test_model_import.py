@@ -142,6 +142,12 @@ def test_licences_and_names(folder: Path, tmp_path: Path) -> None:
     assert (manifest.developer, manifest.title, manifest.name) == ("Maker", "Tiny-7B", "tiny-7b")
 
 
+def test_only_coders_were_trained_for_infilling(folder: Path, tmp_path: Path) -> None:
+    assert described(folder).fim
+    plain = folder.rename(tmp_path / "Tiny-Next")
+    assert described(plain).fim is None
+
+
 def test_a_tokenizer_without_the_tokens_has_no_infilling(folder: Path) -> None:
     path = folder / "tokenizer.json"
     path.write_text(path.read_text().replace("<|fim_middle|>", "<|other_middle|>"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -23,3 +24,13 @@ def state_dir() -> Path:
 def models_dir() -> Path:
     """Installed model packages, one folder a model."""
     return cache_dir() / "models"
+
+
+def fsync_directory(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut; where the system cannot, do nothing."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

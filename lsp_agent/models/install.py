@@ -219,7 +219,7 @@ def _install(
         if package.exists():  # a folder without a readable manifest: no model, or `store.read` had found it
             package.rename(staging / "unreadable")
         built.rename(package)
-        _sync_folder(package.parent)
+        paths.fsync_directory(package.parent)
     return InstalledModel(manifest.name, package, manifest), report
 
 
@@ -283,13 +283,4 @@ def _sync(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # Windows cannot open folders
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    paths.fsync_directory(folder)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lsp_agent.errors import UserError
+from lsp_agent.paths import fsync_directory
 
 if sys.platform == "linux":
     import fcntl
@@ -85,16 +86,6 @@ def remove_tree(path: Path) -> None:
                             inner.chmod(0o700)
     # What is left is deeper than Python's recursion or guarded by attributes: the system's tool has no such limit.
     subprocess.run(["rm", "-rf", "--", str(path)], check=False, capture_output=True)
-
-
-def fsync_directory(folder: Path) -> None:
-    """Make the names in `folder` durable; where the system cannot, do nothing."""
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def write_durably(path: Path, content: bytes) -> None:

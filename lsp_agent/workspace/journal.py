@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lsp_agent.errors import ExitCode, UserError
-from lsp_agent.workspace.files import fsync_directory, write_durably
+from lsp_agent.paths import fsync_directory
+from lsp_agent.workspace.files import write_durably
 
 Status = Literal["begun", "applying", "applied", "awaiting_editor", "interrupted", "rolled_back", "unchanged"]
 """`begun`: nothing written yet. `applying`: the intended writes are known, some may be done (only while the lock is

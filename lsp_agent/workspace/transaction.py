@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lsp_agent.errors import ExitCode, UserError
-from lsp_agent.workspace.files import fsync_directory, open_private, read_or_none, resolve_inside
+from lsp_agent.paths import fsync_directory
+from lsp_agent.workspace.files import open_private, read_or_none, resolve_inside
 from lsp_agent.workspace.ignore import TEMPORARY_PREFIX
 from lsp_agent.workspace.journal import FileRecord, Record
 from lsp_agent.workspace.store import blob_id

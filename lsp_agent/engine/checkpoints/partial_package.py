@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from lsp_agent.engine.package import WEIGHTS, Weight, decode_weight, encode_weight
 from lsp_agent.errors import UserError
+from lsp_agent.paths import fsync_directory
 
 SYNC_BYTES = 1 << 26
 SYNC_SECONDS = 1.0
@@ -60,7 +61,7 @@ class PartialPackage:
             self._append(identity)
             self._sync_journal()
             for folder in (self.folder, self._outer, package.parent):
-                sync_folder(folder)
+                fsync_directory(folder)
         self._pending: list[tuple[str, Weight]] = []
         self._pending_bytes, self._synced_at = 0, time.monotonic()
 
@@ -130,12 +131,12 @@ class PartialPackage:
         for path in self.folder.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        sync_folder(self.folder)
+        fsync_directory(self.folder)
         if self._package.exists():
             shutil.rmtree(self._outer / "replaced", ignore_errors=True)
             self._package.rename(self._outer / "replaced")
         self.folder.rename(self._package)
-        sync_folder(self._package.parent)
+        fsync_directory(self._package.parent)
         self.discard()
 
     def discard(self) -> None:
@@ -183,13 +184,3 @@ def open_partial(package: Path, identity: dict[str, Any]) -> Iterator[PartialPac
             partial.close()
     finally:
         lock.release()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a folder's entries survive a power cut."""
-    if os.name == "posix":  # Windows cannot open folders
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -37,7 +37,7 @@ EXACT = 1e-6
 @click.option("--report", is_flag=True, help="Show how exactly each class of tensors is carried.")
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be installed; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def import_(
+def command(
     path: Path, name: str | None, scheme: SchemeName | None, report: bool, dry_run: bool, as_json: bool
 ) -> None:
     """Install the checkpoint PATH: a GGUF file, or a Hugging Face folder with safetensors.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
+from typing import ClassVar
 
 import click
 from rich.console import Console
@@ -24,24 +26,25 @@ def _state(manifest: Manifest, installed: dict[str, InstalledModel], default: In
 
 
 class _ModelGroup(click.Group):
-    """Loads `import` only when it is asked for: it needs the engine."""
+    """Loads the subcommands that need the engine only when they are asked for."""
+
+    _MODULES: ClassVar[dict[str, str]] = {"import": "import_model", "plan": "plan_model"}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All, in the alphabet's order."""
-        return sorted([*super().list_commands(ctx), "import"])
+        return sorted([*super().list_commands(ctx), *self._MODULES])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return one subcommand."""
-        if cmd_name != "import":
+        if cmd_name not in self._MODULES:
             return super().get_command(ctx, cmd_name)
-        from lsp_agent.commands.import_model import import_
-
-        return import_
+        command: click.Command = import_module(f"lsp_agent.commands.{self._MODULES[cmd_name]}").command
+        return command
 
 
 @click.group(cls=_ModelGroup)
 def model() -> None:
-    """List, install, inspect and remove models."""
+    """List, install, inspect, plan and remove models."""
 
 
 @model.command("list")

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from lsp_agent.errors import UserError
+from lsp_agent.machine import usable_memory
 
 DeviceName = Literal["cpu", "cuda"]
 Array = Any
@@ -45,6 +46,9 @@ class Device(Protocol):
     def finish(self, binding: ort.IOBinding) -> None:
         """Wait until a run's outputs are there."""
 
+    def free_memory(self) -> int:
+        """Bytes of the device's memory that can be had now."""
+
 
 class CpuDevice:
     """Main memory; unwritten pages of zeros cost none."""
@@ -78,6 +82,10 @@ class CpuDevice:
 
     def finish(self, binding: ort.IOBinding) -> None:
         """See `Device.finish`: runs return when they are done."""
+
+    def free_memory(self) -> int:
+        """See `Device.free_memory`."""
+        return usable_memory()
 
 
 class CudaDevice:
@@ -122,6 +130,11 @@ class CudaDevice:
     def finish(self, binding: ort.IOBinding) -> None:
         """See `Device.finish`."""
         binding.synchronize_outputs()
+
+    def free_memory(self) -> int:
+        """See `Device.free_memory`."""
+        free, _ = self._cupy.cuda.runtime.memGetInfo()
+        return int(free)
 
 
 def _cupy() -> Any:

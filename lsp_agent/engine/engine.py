@@ -14,6 +14,7 @@ from lsp_agent.engine.device import Device, DeviceName, open_device
 from lsp_agent.engine.generation import Generation
 from lsp_agent.engine.graph import Accuracy
 from lsp_agent.engine.package import Package
+from lsp_agent.engine.plan import make_plan
 from lsp_agent.engine.prepacked import Progress
 from lsp_agent.engine.sampling import log_softmax
 from lsp_agent.engine.session import Decoder
@@ -63,7 +64,10 @@ class Engine:
         """
         opened = Package(package)
         length = min(context or opened.config.context, opened.config.context)
-        return cls(opened, threads or default_threads(), length, accuracy, open_device(device), on_progress)
+        chosen = open_device(device)
+        if chosen.name == "cuda":
+            make_plan(opened, "cuda", length).check(chosen.free_memory(), package.name)
+        return cls(opened, threads or default_threads(), length, accuracy, chosen, on_progress)
 
     @property
     def context_length(self) -> int:

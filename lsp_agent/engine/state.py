@@ -18,6 +18,8 @@ import onnxruntime as ort
 from lsp_agent.engine.device import Array, CpuDevice, Device, bind_input, bind_output
 
 MOST_CHECKPOINTS = 16
+PREFIX_SLOTS = 4
+"""Past prompts whose states are kept."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,9 @@ class PrefixCache:
     Filling in a file asks many prompts that share a long beginning: only what follows it is read again.
     """
 
-    def __init__(self, specs: Iterable[StateSpec], capacity: int, slots: int = 4, device: Device | None = None) -> None:
+    def __init__(
+        self, specs: Iterable[StateSpec], capacity: int, slots: int = PREFIX_SLOTS, device: Device | None = None
+    ) -> None:
         self.capacity = capacity
         known = tuple(specs)
         self._make = lambda: State(known, capacity, device=device)

@@ -144,3 +144,14 @@ def test_a_prompt_longer_than_a_chunk(tmp_path, kind, accuracy):
     prompt = np.random.RandomState(0).randint(0, 256, 300).tolist()
     steps = engine.generate(prompt, Sampling(max_tokens=3), CancelToken(), stop_ids=())
     assert len(list(steps)) == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("attention.head_count_kv", [2, 2, 2]), ("block_count", 10**9), ("expert_used_count", 5), ("context_length", 0)],
+)
+def test_metadata_that_makes_no_sense_is_one_sentence(tmp_path, key, value):
+    made = random_gguf("qwen3moe", QUANTISED, sizes=SMALL)
+    made.metadata[key] = value
+    with pytest.raises(UserError, match=r"model\.gguf has a number that makes no sense"):
+        open_checkpoint(made.write(tmp_path / "model.gguf")).config()

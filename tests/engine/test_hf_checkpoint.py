@@ -13,6 +13,7 @@ from tiny_hf import random_weights, write_hf_checkpoint, write_safetensors
 
 from lsp_agent.engine.checkpoints.checkpoint import open_checkpoint
 from lsp_agent.engine.checkpoints.importing import import_checkpoint
+from lsp_agent.engine.checkpoints.safetensors_file import read_safetensors
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.package import Package
 from lsp_agent.errors import UserError
@@ -152,6 +153,13 @@ def test_a_tied_head_is_the_embedding_even_if_it_is_stored(tmp_path):
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1.0}}, "rope scaling 'dynamic'"),
         ({"num_hidden_layers": "many"}, "config.json"),
         ({"num_experts_per_tok": None}, "config.json"),
+        ({"num_experts_per_tok": 17}, "17 of 16 experts"),
+        ({"num_hidden_layers": 10**12}, "1000000000000 layers"),
+        ({"decoder_sparse_step": 0}, "config.json has a number that makes no sense"),
+        ({"vocab_size": float("inf")}, "config.json has a number that makes no sense"),
+        ({"num_attention_heads": 0, "head_dim": None}, "config.json has a number that makes no sense"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}, "rope_parameters": None}, "rope factor 0"),
+        ({"model_type": ["qwen3_next"]}, "are not supported"),
         ({"linear_num_key_heads": 4}, "does not hold the tensors"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -160,6 +168,34 @@ def test_configs_that_do_not_fit(tmp_path, change, match):
     with pytest.raises(UserError, match=match) as caught:
         import_checkpoint(broken(tmp_path, lambda config, _: config.update(change)), tmp_path / "p")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lost", ["3", "15"])
+def test_experts_are_who_their_numbers_say(tmp_path, lost):
+    def renumber(_, weights):  # one is missing, and the numbers go on to make up for it
+        for part in ("gate", "up", "down"):
+            name = f"model.layers.1.mlp.experts.{{}}.{part}_proj.weight"
+            weights[name.format(16)] = weights.pop(name.format(lost))
+
+    with pytest.raises(UserError, match=r"surplus model\.layers\.1\.mlp\.experts\.16.*misfits: .*480 x 64"):
+        import_checkpoint(broken(tmp_path, renumber), tmp_path / "p")
+
+
+def test_experts_of_different_sizes_are_misshapen(tmp_path):
+    def reshape(_, weights):
+        names = [f"model.layers.1.mlp.experts.{index}.up_proj.weight" for index in (3, 4)]
+        rows = np.concatenate([weights[name] for name in names])
+        weights[names[0]], weights[names[1]] = rows[:16], rows[16:]
+
+    with pytest.raises(UserError, match=r"misfits: .*blk\.1\.ffn_up_exps\.weight"):
+        import_checkpoint(broken(tmp_path, reshape), tmp_path / "p")
+
+
+def test_json_that_is_nested_without_end_is_damaged(hf_folder, tmp_path):
+    folder = shutil.copytree(hf_folder(NEXT), tmp_path / "c")
+    (folder / "config.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match=r"config\.json is missing or damaged"):
+        open_checkpoint(folder)
 
 
 def test_missing_and_damaged_files(hf_folder, tmp_path):
@@ -222,6 +258,13 @@ def test_damaged_indexes(hf_folder, tmp_path):
     with pytest.raises(UserError, match=r"it lacks .* more"):
         import_checkpoint(folder, tmp_path / "p")
     assert lost
+
+
+def test_infinite_sizes_in_a_header(tmp_path):
+    header = b'{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 4]}}'
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(UserError, match="truncated or damaged"):
+        read_safetensors(tmp_path / "x.safetensors")
 
 
 def test_a_shard_that_shrinks_while_it_is_read_is_no_crash(hf_folder, tmp_path):

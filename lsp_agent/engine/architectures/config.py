@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from lsp_agent.engine.architecture import Architecture, ExpertsConfig, LinearAttentionConfig, ModelConfig, RopeScaling
 from lsp_agent.errors import UserError
+
+MOST_LAYERS = 1000
 
 
 class GgufMetadata(Protocol):
@@ -27,9 +31,14 @@ def gguf_config(file: GgufMetadata, architecture: Architecture, vocabulary: int,
 
     `vocabulary` and `attention_bias` are not in the metadata but follow from the tensors.
     """
+    with _refusing_nonsense(file.path):
+        return _checked(_gguf_config(file, architecture, vocabulary, attention_bias))
+
+
+def _gguf_config(file: GgufMetadata, architecture: Architecture, vocabulary: int, attention_bias: bool) -> ModelConfig:
     name = architecture.name
     hidden, heads = int(file.require(f"{name}.embedding_length")), int(file.require(f"{name}.attention.head_count"))
-    layers = int(file.require(f"{name}.block_count")) - int(file.get(f"{name}.nextn_predict_layers", 0))
+    layers = _layers(int(file.require(f"{name}.block_count")) - int(file.get(f"{name}.nextn_predict_layers", 0)))
     head_size = file.get(f"{name}.attention.key_length")
     head_size = int(head_size) if head_size is not None else hidden // heads
     rotary = file.get(f"{name}.rope.dimension_count")
@@ -100,15 +109,13 @@ def _gguf_linear_attention(file: GgufMetadata, name: str, layers: int) -> Linear
 
 def hf_config(values: dict[str, Any], path: Path, architecture: str) -> ModelConfig:
     """The config in Hugging Face's config.json; raises `UserError` as `gguf_config` does."""
-    try:
-        return _hf_config(values, path, architecture)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} lacks or has a wrong {error}; use a complete checkpoint of the model.") from error
+    with _refusing_nonsense(path):
+        return _checked(_hf_config(values, path, architecture))
 
 
 def _hf_config(values: dict[str, Any], path: Path, architecture: str) -> ModelConfig:
     hidden, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
-    layers, head_size = int(values["num_hidden_layers"]), int(values.get("head_dim") or hidden // heads)
+    layers, head_size = _layers(int(values["num_hidden_layers"])), int(values.get("head_dim") or hidden // heads)
     if values.get("hidden_act", "silu") != "silu":
         raise UserError(
             f"{path} uses the activation {values['hidden_act']!r}, which is not supported; use another model."
@@ -188,3 +195,48 @@ def _hf_linear_attention(values: dict[str, Any], layers: int) -> LinearAttention
         kernel=int(values["linear_conv_kernel_dim"]),
         layers=tuple(index for index, kind in enumerate(kinds[:layers]) if kind == "linear_attention"),
     )
+
+
+@contextmanager
+def _refusing_nonsense(path: Path) -> Iterator[None]:
+    """Whatever a config makes Python stumble over is the fault of the file `path`."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error}; use a complete checkpoint of the model.") from error
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} has a number that makes no sense ({error}); use another checkpoint.") from error
+
+
+def _layers(count: int) -> int:
+    """`count`, before anything is done for each of so many; raises `ValueError`."""
+    if not 1 <= count <= MOST_LAYERS:
+        raise ValueError(f"{count} layers")
+    return count
+
+
+def _checked(config: ModelConfig) -> ModelConfig:
+    """The config; raises `ValueError` for sizes that no model can have."""
+    sizes = ["hidden", "heads", "kv_heads", "head_size", "vocabulary", "context", "rotary_size", "rope_base"]
+    positive = {name: getattr(config, name) for name in sizes}
+    experts, linear, scaling = config.experts, config.linear_attention, config.rope_scaling
+    if experts is None or experts.dense_layers:
+        positive["intermediate"] = config.intermediate
+    if experts is not None:
+        positive |= {"experts used": experts.used, "experts": experts.count, "expert size": experts.intermediate}
+        if experts.used > experts.count:
+            raise ValueError(f"{experts.used} of {experts.count} experts")
+    if linear is not None:
+        names = ("key_heads", "value_heads", "key_size", "value_size", "kernel")
+        positive |= {name: getattr(linear, name) for name in names}
+        if linear.key_heads > 0 and linear.value_heads % linear.key_heads:
+            raise ValueError(f"{linear.value_heads} value heads for {linear.key_heads} key heads")
+    if scaling is not None:
+        positive |= {"rope factor": scaling.factor, "original context": scaling.original_context}
+        positive |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+    wrong = [f"{name} {value}" for name, value in positive.items() if not 0 < value < math.inf]
+    if wrong:
+        raise ValueError(", ".join(wrong))
+    if config.heads % config.kv_heads or config.rotary_size > config.head_size:
+        raise ValueError(f"{config.heads} heads of {config.head_size} for {config.kv_heads} of keys")
+    return config

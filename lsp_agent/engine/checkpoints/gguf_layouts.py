@@ -17,7 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from lsp_agent.engine.architecture import Architecture, LinearAttentionConfig, ModelConfig
 
-_BLOCK = re.compile(r"blk\.(\d+)\.(.+)$")
+_BLOCK = re.compile(r"blk\.(\d{1,9})\.(.+)$")
 RowMap = Callable[[np.ndarray], np.ndarray]
 
 

@@ -54,7 +54,7 @@ IGNORED = re.compile(r"mtp\.|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq
 """The draft head of multi-token prediction, and tables that old checkpoints carry."""
 
 _BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)$")
-_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj$")
+_EXPERT = re.compile(r"mlp\.experts\.(0|[1-9]\d{0,8})\.(gate|up|down)_proj$")
 _DECAY = re.compile(r"model\.layers\.(\d+)\.linear_attn\.(A_log|dt_bias)$")
 
 
@@ -95,8 +95,8 @@ class HfTensor:
 
     @property
     def columns(self) -> int:
-        """See `CheckpointTensor.columns`; 0 where the pieces differ."""
-        return self.pieces[0].columns if len({piece.columns for piece in self.pieces}) == 1 else 0
+        """See `CheckpointTensor.columns`; 0, which fits nothing, where the shapes of the pieces differ."""
+        return self.pieces[0].columns if len({piece.shape for piece in self.pieces}) == 1 else 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """See `CheckpointTensor.read`."""
@@ -123,8 +123,8 @@ class HfCheckpoint:
             raise UserError(f"{path} is a folder of GGUF files; give one of them, such as {files[0].name}.")
         self._values = tokenizer_import.read_json(path / "config.json")
         kinds = {known.hf_name: known for known in ARCHITECTURES.values()}
-        found = self._values.get("model_type")
-        self._architecture = kinds[found] if found in kinds else architecture(str(found))
+        found = str(self._values.get("model_type"))
+        self._architecture = kinds[found] if found in kinds else architecture(found)
         self._config = hf_config(self._values, path / "config.json", self._architecture.name)
         self._shards = self._find_shards()
         loaded: dict[str, SafeTensor] = {}
@@ -159,6 +159,7 @@ class HfCheckpoint:
 
     def _present(self, loaded: dict[str, SafeTensor]) -> Iterator[HfTensor]:
         experts: dict[str, dict[int, SafeTensor]] = {}
+        count = self._config.experts.count if self._config.experts else 0
         for name, tensor in loaded.items():
             block, decay = _BLOCK.match(name), _DECAY.match(name)
             if IGNORED.match(name) or (name == "lm_head.weight" and self._values.get("tie_word_embeddings")):
@@ -167,8 +168,9 @@ class HfCheckpoint:
                 target = "ssm_a" if decay[2] == "A_log" else "ssm_dt.bias"
                 transform = (lambda values: -np.exp(values)) if decay[2] == "A_log" else None
                 yield HfTensor(f"blk.{decay[1]}.{target}", (tensor,), transform=transform)
-            elif block and (expert := _EXPERT.match(block[2])):
-                experts.setdefault(f"blk.{block[1]}.ffn_{expert[2]}_exps.weight", {})[int(expert[1])] = tensor
+            elif block and (expert := _EXPERT.match(block[2])) and int(expert[1]) < count:
+                stack = experts.setdefault(f"blk.{block[1]}.ffn_{expert[2]}_exps.{block[3]}", {})
+                stack[int(expert[1])] = tensor
             elif block and block[2] == "linear_attn.in_proj_qkvz":
                 yield from self._split_qkvz(f"blk.{block[1]}", tensor)
             else:

@@ -109,7 +109,7 @@ def read_safetensors(path: Path) -> dict[str, SafeTensor]:
         return {name: _tensor(name, entry, shard, 8 + length, size) for name, entry in header.items()}
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}; check the path.") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is truncated or damaged ({error}); download it again.") from error
 
 

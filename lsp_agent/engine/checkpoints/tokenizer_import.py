@@ -89,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a file of a Hugging Face folder; raises `UserError` when it is missing or damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is missing or damaged; use a complete checkpoint of the model.") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged; download it again.")

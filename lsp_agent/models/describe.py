@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lsp_agent.engine.checkpoints.gguf_file import GgufFile
 
 TIERS: tuple[tuple[Tier, float], ...] = (("small", 3.5e9), ("medium", 15e9), ("large", float("inf")))
+MOST_CHARACTERS = 120
 ENDS = ("<|im_end|>", "<|endoftext|>")
 LICENCES = {"Apache License": "Apache-2.0", "MIT License": "MIT", "Qwen RESEARCH LICENSE": "qwen-research"}
 """First lines of licence files."""
@@ -48,12 +49,13 @@ def manifest_of(checkpoint: Checkpoint, name: str | None) -> Manifest:
     path = checkpoint.path
     facts = _of_gguf(checkpoint) if isinstance(checkpoint, GgufFile) else _of_folder(checkpoint)
     total, active = _parameters(checkpoint, facts.experts)
+    title = _line(facts.title)
     try:
         return Manifest(
-            name=name if name is not None else re.sub(r"[^a-z0-9._]+", "-", facts.title.lower()).strip("-._")[:64],
-            title=facts.title,
-            developer=facts.developer,
-            license=facts.license,
+            name=name if name is not None else re.sub(r"[^a-z0-9._]+", "-", title.lower()).strip("-._")[:64],
+            title=title,
+            developer=_line(facts.developer),
+            license=_line(facts.license),
             architecture=facts.architecture,
             parameters=total,
             active_parameters=active,
@@ -77,6 +79,11 @@ def memory_of(package_bytes: int, *, mixture: bool) -> int:
     packed file, so the most that they take is their size.
     """
     return int(package_bytes * (1.05 if mixture else 1.5)) + 500_000_000
+
+
+def _line(text: str) -> str:
+    """A stranger's text as a short line without characters that do something to a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:MOST_CHARACTERS]
 
 
 def _parameters(checkpoint: Checkpoint, experts: tuple[int, int] | None) -> tuple[int, int | None]:
@@ -123,21 +130,19 @@ def _sampling(values: Mapping[str, Any]) -> SamplingDefaults:
 
 
 def _of_gguf(file: GgufFile) -> _Facts:
-    architecture = str(file.require("general.architecture"))
-    context, count = file.require(f"{architecture}.context_length"), file.get(f"{architecture}.expert_count", 0)
-    wanted = {*QWEN_FIM.values(), *ENDS}
-    present = wanted.intersection(file.get("tokenizer.ggml.tokens", ()))
+    config, tokens = file.config(), file.get("tokenizer.ggml.tokens")
+    present = {*QWEN_FIM.values(), *ENDS}.intersection(tokens if isinstance(tokens, list) else ())
     names = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
     names["repetition_penalty"] = "penalty_repeat"
     return _Facts(
         title=str(file.get("general.name", file.path.stem)),
-        architecture=architecture,
-        context=int(context),
+        architecture=file.architecture,
+        context=config.context,
         template=str(file.get("tokenizer.chat_template", "")),
         has_token=present.__contains__,
         developer=str(file.get("general.organization", file.get("general.author", "unknown"))),
         license=str(file.get("general.license", "unknown")),
-        experts=(int(count), int(file.require(f"{architecture}.expert_used_count"))) if count else None,
+        experts=(config.experts.count, config.experts.used) if config.experts else None,
         sampling={ours: file.get(f"general.sampling.{theirs}") for ours, theirs in names.items()},
     )
 

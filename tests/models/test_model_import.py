@@ -79,6 +79,17 @@ def test_a_folder_is_installed_and_answers(folder: Path) -> None:
     assert "is installed already" in run(folder)[1]
 
 
+def test_what_a_checkpoint_says_does_nothing_to_the_terminal(folder: Path) -> None:
+    named = folder.rename(folder.with_name("Tiny\x1b]0;gone\x07\n\u202eCoder"))
+    (named / "README.md").write_text("---\nlicense: [/mit]\x1b[2J\n---\n")
+    manifest = described(named)
+    assert (manifest.title, manifest.license) == ("Tiny ]0;gone Coder", "[/mit] [2J")
+    assert run(named, "--name", "tiny")[0] == ExitCode.OK
+    listed = CliRunner().invoke(app, ["model", "list"])
+    assert listed.exception is None
+    assert "[/mit] [2J" in listed.stdout
+
+
 def test_what_a_folder_says_about_itself(folder: Path) -> None:
     manifest = described(folder)
     assert (manifest.name, manifest.title, manifest.license) == ("tiny-coder-next", "Tiny Coder-Next", "apache-2.0")

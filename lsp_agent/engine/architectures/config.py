@@ -220,8 +220,6 @@ def _checked(config: ModelConfig) -> ModelConfig:
     sizes = ["hidden", "heads", "kv_heads", "head_size", "vocabulary", "context", "rotary_size", "rope_base"]
     positive = {name: getattr(config, name) for name in sizes}
     experts, linear, scaling = config.experts, config.linear_attention, config.rope_scaling
-    if experts is None or experts.dense_layers:
-        positive["intermediate"] = config.intermediate
     if experts is not None:
         positive |= {"experts used": experts.used, "experts": experts.count, "expert size": experts.intermediate}
         if experts.used > experts.count:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lsp_agent import paths
-from lsp_agent.commands.progress import ConsoleProgress, gigabytes
+from lsp_agent.commands.progress import ConsoleProgress, experts_beside, gigabytes
 from lsp_agent.engine.checkpoints.importing import ImportPlan
 from lsp_agent.engine.checkpoints.tensor_classes import by_class
 from lsp_agent.engine.quantisation import SCHEMES, SchemeName
@@ -62,7 +62,8 @@ def _import(
     built = store.origin(model.path)
     says = f"{model.name} is installed already."
     if made:
-        says = f"Installed {model.name} in {model.path}: {gigabytes(made.package_bytes)}, scheme {made.scheme}."
+        says = f"Installed {model.name} in {model.path}: {gigabytes(made.package_bytes)}, scheme {made.scheme}"
+        says += f"{experts_beside(made.footprint.prepacked)}."
     answer = {"name": model.name, "path": str(model.path), "new": result.new, "scheme": built.get("scheme")}
     answer |= {"package_bytes": model.manifest.package_bytes, "says": says}
     if not report:
@@ -78,11 +79,15 @@ def _plan(
     manifest = identify(path, name, progress)
     plan = ImportPlan(path, scheme)
     plan.check_disk(paths.models_dir())
+    footprint = plan.footprint
+    if manifest.package_bytes is None:
+        manifest = install.sized(manifest, plan.package_bytes, footprint)
     active = f", {manifest.active_parameters / 1e9:.1f}B active" if manifest.active_parameters else ""
     says = (
         f"Would install {manifest.title} as {manifest.name}: {manifest.architecture}, "
         f"{manifest.parameters / 1e9:.2f}B parameters{active}, licence {manifest.license}, {manifest.context_length} "
-        f"tokens of context, scheme {plan.scheme}, {gigabytes(plan.package_bytes)} on disk."
+        f"tokens of context, scheme {plan.scheme}, at most {gigabytes(plan.package_bytes)} on disk"
+        f"{experts_beside(footprint.prepacked)}; {gigabytes(manifest.memory_bytes)} of memory on a CPU."
     )
     answer: dict[str, Any] = {"name": manifest.name, "scheme": plan.scheme, "package_bytes": plan.package_bytes}
     answer |= {"manifest": manifest.model_dump(mode="json"), "says": says}

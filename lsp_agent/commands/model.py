@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from importlib import import_module
+from pathlib import Path
 from typing import ClassVar
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from lsp_agent import machine
-from lsp_agent.commands.progress import ConsoleProgress, gigabytes
+from lsp_agent.commands.progress import ConsoleProgress, experts_beside, gigabytes
 from lsp_agent.errors import ExitCode, UserError
 from lsp_agent.models import install, select, store
 from lsp_agent.models.manifest import InstalledModel, Manifest, shipped, unknown_name
@@ -54,18 +54,28 @@ def list_models(as_json: bool) -> None:
     """Show known and installed models.
 
     Available ones can be pulled, importable ones imported from your own file; this version cannot run unsupported ones.
+    Disk is what an installed model takes now, and what another's package will take.
     """
     installed = {m.name: m for m in store.installed()}
     manifests = {m.name: m for m in shipped()} | {name: m.manifest for name, m in installed.items()}
     default = select.choose(list(installed.values()), machine.usable_memory()).model
+    disk = {name: m.package_bytes for name, m in manifests.items()}
+    disk |= {name: store.disk_bytes(m.path) for name, m in installed.items()}
     rows = sorted(manifests.values(), key=lambda m: (m.parameters, m.name))
     if as_json:
         fields = {"name", "title", "license", "tier", "memory_bytes", "context_length"}
-        click.echo(json.dumps([m.model_dump(include=fields) | {"state": _state(m, installed, default)} for m in rows]))
+        click.echo(
+            json.dumps(
+                [
+                    m.model_dump(include=fields) | {"disk_bytes": disk[m.name], "state": _state(m, installed, default)}
+                    for m in rows
+                ]
+            )
+        )
         return
-    table = Table(box=None, pad_edge=False)
-    for heading in ("name", "state", "tier", "download", "memory", "context", "licence"):
-        numeric = heading in ("download", "memory", "context")
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    for heading in ("name", "state", "tier", "download", "disk", "memory", "context", "licence"):
+        numeric = heading in ("download", "disk", "memory", "context")
         table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -73,9 +83,10 @@ def list_models(as_json: bool) -> None:
             _state(row, installed, default),
             row.tier,
             gigabytes(row.source.size_bytes if row.source else None),
+            gigabytes(disk[row.name]),
             gigabytes(row.memory_bytes),
             f"{row.context_length // 1024}k",
-            escape(row.license),
+            row.license,
         )
     Console().print(table)
 
@@ -104,7 +115,11 @@ def info(name: str, as_json: bool) -> None:
     scheme = store.origin(path).get("scheme") if path else None
     if as_json:
         click.echo(
-            json.dumps(manifest.model_dump(mode="json") | {"path": str(path) if path else None, "scheme": scheme})
+            json.dumps(
+                manifest.model_dump(mode="json")
+                | {"path": str(path) if path else None, "scheme": scheme}
+                | {"disk_bytes": store.disk_bytes(path) if path else manifest.package_bytes}
+            )
         )
         return
     source, pypi = manifest.source, manifest.pypi
@@ -118,7 +133,8 @@ def info(name: str, as_json: bool) -> None:
         "scheme": scheme or "",
         "tier": manifest.tier,
         "context": f"{manifest.context_length} tokens",
-        "memory": gigabytes(manifest.memory_bytes),
+        "disk": _disk(manifest, path),
+        "memory": gigabytes(manifest.memory_bytes) + (" at most" if manifest.active_parameters else ""),
         "source": f"{source.repository} {' '.join(source.files)} ({source.format})" if source else "a file of yours",
         "download": gigabytes(source.size_bytes) if source else "",
         "sha256": (source.sha256 or "not known") if source else "",
@@ -130,6 +146,13 @@ def info(name: str, as_json: bool) -> None:
     for key, value in facts.items():
         if value:
             click.echo(f"{key:13} {value.strip()}")
+
+
+def _disk(manifest: Manifest, path: Path | None) -> str:
+    if path is None:
+        return f"{gigabytes(manifest.package_bytes)} when installed" if manifest.package_bytes else ""
+    packed = any(path.glob("prepacked-*.bin"))
+    return gigabytes(store.disk_bytes(path)) + ("" if packed else experts_beside(manifest.prepacked_bytes))
 
 
 @model.command()

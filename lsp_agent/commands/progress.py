@@ -83,6 +83,12 @@ class ConsoleProgress:
         return f", about {seconds / 60:.0f} minutes left" if seconds > 90 else f", about {seconds:.0f} s left"
 
 
+def experts_beside(prepacked_bytes: int) -> str:
+    """What a mixture's experts take beside its package, to follow the package's size; nothing for other models."""
+    packed = f", and {gigabytes(prepacked_bytes)} more for its experts once it has run on a CPU"
+    return packed if prepacked_bytes else ""
+
+
 def gigabytes(count: int | None) -> str:
     """A size in GB; `?` for an unknown one."""
     return f"{count / 1e9:.1f} GB" if count else "?"

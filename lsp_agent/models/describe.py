@@ -61,7 +61,7 @@ def manifest_of(checkpoint: Checkpoint, name: str | None) -> Manifest:
             active_parameters=active,
             tier=next(tier for tier, limit in TIERS if total <= limit),
             context_length=facts.context,
-            memory_bytes=memory_of(sum(file.stat().st_size for file in checkpoint.files()), mixture=active is not None),
+            memory_bytes=sum(file.stat().st_size for file in checkpoint.files()),  # until a package is planned
             chat=_chat(facts),
             fim=_fim(facts),
             sampling=_sampling(facts.sampling),
@@ -70,20 +70,6 @@ def manifest_of(checkpoint: Checkpoint, name: str | None) -> Manifest:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         advice = "choose one with --name" if where == "name" else "use a complete checkpoint of the model"
         raise UserError(f"{path} says nothing usable about its {where}; {advice}.") from error
-
-
-def memory_of(package_bytes: int, *, mixture: bool) -> int:
-    """An estimate of the main memory that a package takes, with a cache and the runtime.
-
-    Matrices are packed for the kernels beside the mapped file; routed experts, nearly all of a mixture, page in from a
-    packed file, so the most that they take is their size.
-    """
-    return int(package_bytes * (1.05 if mixture else 1.5)) + 500_000_000
-
-
-def _line(text: str) -> str:
-    """A stranger's text as a short line without characters that do something to a terminal."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:MOST_CHARACTERS]
 
 
 def _parameters(checkpoint: Checkpoint, experts: tuple[int, int] | None) -> tuple[int, int | None]:

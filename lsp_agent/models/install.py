@@ -19,13 +19,14 @@ from filelock import FileLock, Timeout
 
 from lsp_agent import paths
 from lsp_agent.errors import ExitCode, UserError
-from lsp_agent.models import describe, store
+from lsp_agent.models import store
 from lsp_agent.models.download import Progress, fetch, partial_path, target_path, wheels_dir
 from lsp_agent.models.identify import identify
 from lsp_agent.models.manifest import NAME_PATTERN, InstalledModel, Manifest, find, shipped, unknown_name
 
 if TYPE_CHECKING:
     from lsp_agent.engine.checkpoints.importing import ImportReport
+    from lsp_agent.engine.footprint import Footprint
     from lsp_agent.engine.quantisation import SchemeName
 
 DISK_MARGIN_BYTES = 256_000_000
@@ -135,12 +136,18 @@ def import_model(
         return Imported(model, True, report)
 
 
+def sized(manifest: Manifest, package_bytes: int, footprint: Footprint) -> Manifest:
+    """The manifest with the sizes of a package of its model."""
+    sizes = {"memory_bytes": footprint.memory, "prepacked_bytes": footprint.prepacked}
+    return manifest.model_copy(update={"package_bytes": package_bytes, **sizes})
+
+
 def _check_same(model: InstalledModel, manifest: Manifest, path: Path, scheme: SchemeName | None) -> None:
     """Raise `UserError` unless the installed model is what importing `path` would make."""
     built = store.origin(model.path)
-    sized = {"memory_bytes": 1, "package_bytes": None}  # which depend on the scheme
+    unsized = {"memory_bytes": 1, "package_bytes": None, "prepacked_bytes": 0}  # which depend on the scheme
     same = store.same_file(model.manifest, manifest) or (
-        model.manifest.model_copy(update=sized) == manifest.model_copy(update=sized)
+        model.manifest.model_copy(update=unsized) == manifest.model_copy(update=unsized)
         and built.get("file", path.resolve().name) == path.resolve().name
     )
     advice = f"run `lsp-agent model rm {manifest.name}` first or choose another name with --name."
@@ -209,10 +216,8 @@ def _install(
             ) from error
         if take_source:
             source.replace(built / store.SOURCE_FILE)
-        if manifest.package_bytes is None:  # nobody measured it
-            size = sum(path.stat().st_size for path in built.iterdir())
-            memory = describe.memory_of(size, mixture=manifest.active_parameters is not None)
-            manifest = manifest.model_copy(update={"package_bytes": size, "memory_bytes": memory})
+        if report is not None and manifest.package_bytes is None:  # nobody measured it
+            manifest = sized(manifest, report.package_bytes, report.footprint)
         (built / store.MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", "utf-8")
         _sync(built)
         package = store.package_dir(manifest.name)

@@ -14,7 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from lsp_agent.chat_model import Sampling, Tier
 from lsp_agent.engine.architectures import ARCHITECTURES
@@ -111,9 +120,11 @@ class Manifest(_Part):
     tier: Tier
     context_length: PositiveInt
     memory_bytes: PositiveInt
-    """Main memory that running it takes, with the cache of a few thousand tokens."""
+    """Main memory that running it takes on a CPU, with the cache of a few thousand tokens; of a mixture the most."""
     package_bytes: PositiveInt | None = None
     """Disk that the installed package takes."""
+    prepacked_bytes: NonNegativeInt = 0
+    """Disk that its experts take besides, packed for this machine by the first load on a CPU."""
     source: Source | None = None
     pypi: PyPIParts | None = None
     chat: Chat

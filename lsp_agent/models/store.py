@@ -48,6 +48,11 @@ def origin(path: Path) -> dict[str, Any]:
         return {}
 
 
+def disk_bytes(path: Path) -> int:
+    """What the package in `path` takes, with all that the engine wrote beside it; holes of a file do not count."""
+    return sum(512 * file.stat().st_blocks for file in path.rglob("*") if file.is_file())
+
+
 def same_file(one: Manifest, other: Manifest) -> bool:
     """Whether two manifests describe the same file, by its hash."""
     hashes = [m.source.sha256 if m.source else None for m in (one, other)]
@@ -79,5 +84,7 @@ def resolve(name: str | None) -> InstalledModel:
     known = {m.name: m for m in shipped()}
     if name in known:
         known[name].check_runnable()
-        raise UserError(f"The model {name} is not installed; run `lsp-agent model pull {name}`.")
+        source = known[name].source
+        how = f"pull {name}" if source and source.sha256 else f"import PATH --name {name}"
+        raise UserError(f"The model {name} is not installed; run `lsp-agent model {how}`.")
     raise UserError(unknown_name(name, [*known, *(m.name for m in models if m.name not in known)]), ExitCode.USAGE)

@@ -20,6 +20,7 @@ from lsp_agent.engine.checkpoints.partial_package import PartialPackage, open_pa
 from lsp_agent.engine.checkpoints.tensor_reports import TensorReport
 from lsp_agent.engine.checkpoints.weight_writers import WeightImporter
 from lsp_agent.engine.decoder import decoder_weights
+from lsp_agent.engine.footprint import Footprint, footprint
 from lsp_agent.engine.gguf_blocks import CARRIERS
 from lsp_agent.engine.package import FORMAT_VERSION, WeightsWriter, encode_weight, write_index
 from lsp_agent.engine.quantisation import SCHEMES, SchemeName
@@ -42,6 +43,7 @@ class ImportReport:
     sha256: str
     scheme: SchemeName
     package_bytes: int
+    footprint: Footprint
     tensors: tuple[TensorReport, ...]
 
 
@@ -67,6 +69,11 @@ class ImportPlan:
     def package_bytes(self) -> int:
         """Disk that the package takes, at most: its weights to the byte, and `TEXT_BYTES`."""
         return self.weights_bytes + TEXT_BYTES
+
+    @property
+    def footprint(self) -> Footprint:
+        """What the package takes when it runs on a CPU."""
+        return footprint(self.layout.values())
 
     def reports(self, on_progress: Progress | None = None) -> tuple[TensorReport, ...]:
         """How exactly each tensor is, or would be, carried; reads some rows of each."""
@@ -117,7 +124,7 @@ class ImportPlan:
                 "start the import again: it continues with what is done."
             ) from error
         meter.finish()
-        return ImportReport(digest, self.scheme, size, self.reports())
+        return ImportReport(digest, self.scheme, size, self.footprint, self.reports())
 
     def _importer(self, writer: WeightsWriter, progress: Callable[[int], None]) -> WeightImporter:
         return WeightImporter(writer, SCHEMES[self.scheme], self.matched, progress)

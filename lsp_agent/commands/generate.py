@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -57,6 +58,8 @@ def generate(
     fim = fim_prefix is not None or fim_suffix is not None
     if (prompt_file is not None) + (chat_file is not None) + fim != 1:
         raise UserError("Give exactly one of --prompt-file, --chat-file and --fim-prefix/--fim-suffix.", ExitCode.USAGE)
+    if tools_file is not None and chat_file is None:
+        raise UserError("--tools-file is for a chat; give --chat-file with it.", ExitCode.USAGE)
     from lsp_agent.engine.engine import Engine
 
     engine = Engine.load(
@@ -103,15 +106,25 @@ def _read(path: Path | None) -> str:
         return ""
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Cannot read {path} as UTF-8 text: {error}.", ExitCode.USAGE) from error
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror or error}.", ExitCode.USAGE) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text; give a text file.", ExitCode.USAGE) from error
+
+
+def _list(path: Path) -> list[Any]:
+    """The JSON list in a file; raises `ValueError` for other JSON and for an empty list."""
+    values = json.loads(_read(path))
+    if not isinstance(values, list) or not values:
+        raise ValueError
+    return values
 
 
 def _messages(path: Path) -> list[Message]:
     from lsp_agent.engine.tool_calls import message_from_openai
 
     try:
-        return [message_from_openai(message) for message in json.loads(_read(path))]
+        return [message_from_openai(message) for message in _list(path)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f'{path} must hold a JSON list of {{"role": ..., "content": ...}} messages.', ExitCode.USAGE
@@ -122,7 +135,7 @@ def _tools(path: Path) -> list[ToolSchema]:
     from lsp_agent.engine.tool_calls import tool_from_openai
 
     try:
-        return [tool_from_openai(tool) for tool in json.loads(_read(path))]
+        return [tool_from_openai(tool) for tool in _list(path)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f'{path} must hold a JSON list of {{"type": "function", "function": {{"name": ...}}}} tools.',

@@ -153,7 +153,7 @@ def fetch(manifest: Manifest, folder: Path, progress: Progress) -> Path:
     if source is None or source.sha256 is None or source.size_bytes is None or len(source.files) != 1:
         raise UserError(
             f"The manifest of {manifest.name} has no file with a checksum, so it cannot be pulled; "
-            "download a GGUF file of it and run `lsp-agent model import FILE`."
+            "download its GGUF file or Hugging Face folder and run `lsp-agent model import PATH`."
         )
     target = target_path(folder, manifest.name)
     if target.exists():

@@ -62,8 +62,8 @@ def _import(
     built = store.origin(model.path)
     says = f"{model.name} is installed already."
     if made:
-        says = f"Installed {model.name} in {model.path}: {gigabytes(made.package_bytes)}, scheme {made.scheme}"
-        says += f"{experts_beside(made.footprint.prepacked)}."
+        size = gigabytes(made.package_bytes) + experts_beside(made.footprint.prepacked)
+        says = f"Installed {model.name} in {model.path}: scheme {made.scheme}, {size}."
     answer = {"name": model.name, "path": str(model.path), "new": result.new, "scheme": built.get("scheme")}
     answer |= {"package_bytes": model.manifest.package_bytes, "says": says}
     if not report:

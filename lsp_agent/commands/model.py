@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lsp_agent import machine
@@ -86,7 +87,7 @@ def list_models(as_json: bool) -> None:
             gigabytes(disk[row.name]),
             gigabytes(row.memory_bytes),
             f"{row.context_length // 1024}k",
-            row.license,
+            escape(row.license),
         )
     Console().print(table)
 

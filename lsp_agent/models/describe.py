@@ -72,6 +72,11 @@ def manifest_of(checkpoint: Checkpoint, name: str | None) -> Manifest:
         raise UserError(f"{path} says nothing usable about its {where}; {advice}.") from error
 
 
+def _line(text: str) -> str:
+    """A stranger's text as a short line without characters that do something to a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:MOST_CHARACTERS]
+
+
 def _parameters(checkpoint: Checkpoint, experts: tuple[int, int] | None) -> tuple[int, int | None]:
     """All, and those that a token uses; a GGUF file's output matrix beside the embedding is not counted, as on cards.
 

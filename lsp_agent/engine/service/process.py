@@ -16,11 +16,14 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
 
 from lsp_agent.errors import ExitCode, UserError
+
+Say = Callable[[dict[str, object]], None]
 
 
 def main() -> None:
@@ -33,6 +36,7 @@ def main() -> None:
     parser.add_argument("--context", type=int)
     parser.add_argument("--idle-seconds", type=float, required=True)
     arguments = parser.parse_args()
+    say = _messages()
     threading.Thread(target=_leave_with_parent, args=(Path(arguments.socket).parent,), daemon=True).start()
     try:
         from lsp_agent.engine.engine import Engine
@@ -42,25 +46,25 @@ def main() -> None:
             arguments.package,
             threads=arguments.threads,
             context=arguments.context,
-            on_progress=lambda done, total: _say({"progress": [done, total]}),
+            on_progress=lambda done, total: say({"progress": [done, total]}),
         )
     except UserError as error:
-        _say({"error": str(error)})
+        say({"error": str(error)})
         sys.exit(error.exit_code)
     server = EngineServer(engine, arguments.name)
     os.umask(0o077)  # the socket file is the user's only, whatever folder it is in
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(arguments.socket)
-    asyncio.run(_serve(server, listener, arguments.idle_seconds))
+    asyncio.run(_serve(server, listener, arguments.idle_seconds, say))
 
 
-async def _serve(server: object, listener: socket.socket, idle_seconds: float) -> None:
+async def _serve(server: object, listener: socket.socket, idle_seconds: float, say: Say) -> None:
     from lsp_agent.engine.service.server import EngineServer
 
     assert isinstance(server, EngineServer)
     http = uvicorn.Server(uvicorn.Config(server.app, log_level="warning", access_log=False, lifespan="off"))
     listener.listen()
-    _say({"ready": True})
+    say({"ready": True})
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     while not serving.done():
         if not server.busy and time.monotonic() - server.last_used > idle_seconds:
@@ -68,8 +72,14 @@ async def _serve(server: object, listener: socket.socket, idle_seconds: float) -
         await asyncio.wait([serving], timeout=min(1.0, idle_seconds))
 
 
-def _say(message: dict[str, object]) -> None:
-    print(json.dumps(message), flush=True)
+def _messages() -> Say:
+    """What writes messages to the parent; all else that is printed goes to the log from now on.
+
+    ONNX Runtime prints the names of CUDA libraries that it misses.
+    """
+    pipe = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return lambda message: print(json.dumps(message), file=pipe, flush=True)
 
 
 def _leave_with_parent(folder: Path) -> None:

@@ -27,7 +27,7 @@ class MoeMlp:
         return DenseMlp(self.experts.shared_intermediate, SHARED) if self.shared else None
 
     def weights(self, config: ModelConfig, prefix: str) -> Sequence[WeightSpec]:
-        """The router in fp32, the experts' projections (gate and up interleaved), and the shared expert."""
+        """The router, the experts' projections (gate and up interleaved), and the shared expert."""
         count, width, hidden = self.experts.count, self.experts.intermediate, config.hidden
         router = f"{prefix}.ffn_gate_inp"
         gate_up = (f"{prefix}.ffn_gate_exps.weight", f"{prefix}.ffn_up_exps.weight")

@@ -41,7 +41,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class LinearPart:
-    """Consecutive rows of a linear in one format; without a format, `values` is dense fp32 [columns, rows].
+    """Consecutive rows of a linear in one format; without one, `values` is dense [columns, rows], in 16 or 32 bits.
 
     Corrections are kept in fp32 and, for the fast graph, also as 8-bit codes in blocks of `CORRECTION_BLOCK`.
     """
@@ -177,7 +177,7 @@ class Package:
             self.config = ModelConfig.from_json(header["model"])
             self.weights: dict[str, Weight] = {name: decode_weight(entry) for name, entry in index.items()}
             self._bytes = np.memmap(path / WEIGHTS, np.uint8, "r")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not a complete model package; install or import the model again.") from error
         if self._bytes.size < self._needed():
             raise UserError(f"{path / WEIGHTS} is truncated; install or import the model again.")

@@ -102,3 +102,6 @@ def test_packages_that_are_not_whole(tiny_package, tmp_path):
         (copy / path.name).write_bytes(data[: len(data) // 2] if path.name == "weights.bin" else data)
     with pytest.raises(UserError, match="truncated"):
         Engine.load(copy)
+    (copy / "index.json").write_text("[]")
+    with pytest.raises(UserError, match="not a complete model package"):
+        Engine.load(copy)

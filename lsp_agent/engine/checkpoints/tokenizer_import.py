@@ -64,17 +64,27 @@ def write_gguf_tokenizer(file: GgufMetadata, folder: Path) -> dict[str, Any]:
 def copy_hf_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
     """Copy a Hugging Face folder's tokenizer into `folder`; returns the ids of the special tokens.
 
-    Raises `UserError` when there is no tokenizer.json or it cannot be read.
+    Raises `UserError` when there is no tokenizer.json, it cannot be read, or its vocabulary is of another kind.
     """
     try:
         tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     except Exception as error:  # tokenizers raises a bare Exception for a missing file and for broken JSON alike
         raise UserError(f"{source} lacks a readable tokenizer.json; use a complete checkpoint of the model.") from error
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    if not set(pre_tokenizers.ByteLevel.alphabet()).issuperset(
+        "".join(tokenizer.get_vocab(with_added_tokens=False).keys() - added)
+    ):
+        raise UserError(
+            f"{source} has a vocabulary that is not of bytes, which is not supported; use a Qwen checkpoint."
+        )
     shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
     config = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").exists() else {}
     template = source / "chat_template.jinja"
     if template.exists():
         config["chat_template"] = template.read_text(encoding="utf-8")
+    if isinstance(config.get("chat_template"), list):  # of several, by name
+        named = {entry["name"]: entry["template"] for entry in config["chat_template"]}
+        config["chat_template"] = named.get("default")
     config = {**config, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     generation = source / "generation_config.json"

@@ -121,3 +121,12 @@ def test_inputs_of_generate_that_make_no_sense_get_one_sentence(
     result = CliRunner().invoke(app, [*map(str, arguments)])
     assert isinstance(result.exception, UserError) and result.exception.exit_code == ExitCode.USAGE
     assert says in str(result.exception) and "\n" not in str(result.exception) and "Errno" not in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [("mxfp4", "MXFP4 / 32"), ("int4", "4 bits / 32"), ("int4-asymmetric", "4 bits and zero points / 32")],
+)
+def test_a_report_says_which_four_bits(folder: Path, scheme: str, words: str) -> None:
+    report = json.loads(run("model", "import", folder, "--scheme", scheme, "--dry-run", "--report", "--json")[0])
+    assert next(entry for entry in report["report"] if entry["name"] == "experts")["carried_as"] == [words]

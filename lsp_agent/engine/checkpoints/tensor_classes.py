@@ -68,14 +68,8 @@ def _class(name: str, tensors: list[TensorReport]) -> ClassReport:
         tensors=len(tensors),
         values=sum(t.values for t in tensors),
         source_types=tuple(sorted({t.source_type for t in tensors})),
-        carried_as=tuple(sorted({_carried(t) for t in tensors})),
+        carried_as=tuple(sorted({t.carried_as for t in tensors})),
         stored_bits=sum(t.values * t.stored_bits for t in tensors) / sum(t.values for t in tensors),
         relative_rms_error=math.sqrt(error / energy) if energy else 0.0,
         max_error=max(t.max_error for t in tensors),
     )
-
-
-def _carried(tensor: TensorReport) -> str:
-    if tensor.block == 1:
-        return f"{tensor.bits} bits"
-    return f"{tensor.bits} bits / {tensor.block}"

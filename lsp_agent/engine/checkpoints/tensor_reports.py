@@ -34,6 +34,8 @@ class TensorReport:
     rms: float
     relative_rms_error: float
     max_error: float
+    carried_as: str
+    """Code width and block in words."""
 
 
 @dataclass(frozen=True)
@@ -74,4 +76,15 @@ def compare(weight: str, tensor: CheckpointTensor, form: BlockFormat | GGMLQuant
     rms = float(np.sqrt(np.mean(np.square(reference, dtype=np.float64))))
     largest = float(np.abs(error).max(initial=0))
     about = (weight, tensor.name, tensor.rows * tensor.columns, tensor.type.name)
-    return TensorReport(*about, codes, block, stored, relative < 1e-6, rms, relative, largest)
+    return TensorReport(
+        *about, codes, block, stored, relative < 1e-6, rms, relative, largest, _in_words(form, codes, block)
+    )
+
+
+def _in_words(form: BlockFormat | GGMLQuantizationType, bits: int, block: int) -> str:
+    if block == 1:
+        return f"{bits} bits"
+    if isinstance(form, BlockFormat) and form.element == "e2m1":
+        return f"MXFP4 / {block}"
+    zero_points = isinstance(form, BlockFormat) and form.asymmetric
+    return f"{bits} bits{' and zero points' if zero_points else ''} / {block}"

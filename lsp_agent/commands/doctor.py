@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lsp_agent import __version__, machine, paths
-from lsp_agent.errors import ExitCode
+from lsp_agent.errors import ExitCode, UserError
 from lsp_agent.models import select, store
 from lsp_agent.testing.sandbox import probe
 
@@ -38,7 +38,8 @@ def examine() -> dict[str, Any]:
     """Collect the report; every part of it is plain data."""
     choice = select.choose(store.installed(), machine.usable_memory())
     runtime = _onnxruntime()
-    problems = [sentence for sentence in (runtime["problem"], choice.advice) if sentence]
+    device, wrong_device = ("", "") if runtime["problem"] else _device()
+    problems = [sentence for sentence in (runtime["problem"], wrong_device, choice.advice) if sentence]
     return {
         "usable": not problems,
         "problems": problems,
@@ -47,6 +48,7 @@ def examine() -> dict[str, Any]:
         "version": __version__,
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "onnxruntime": runtime,
+        "device": device,
         "machine": _machine(choice.available_bytes),
         "sandbox": _sandbox(),
         "git": _git(),
@@ -67,6 +69,16 @@ def _onnxruntime() -> dict[str, Any]:
     # A CUDA build lists its provider on any machine: the GPU counts only when its driver sees one.
     gpu = _nvidia_gpu() if "CUDAExecutionProvider" in providers else None
     return {"version": onnxruntime.__version__, "providers": providers, "gpu": gpu, "problem": ""}
+
+
+def _device() -> tuple[str, str]:
+    """What the model would run on (`LSP_AGENT_DEVICE`), and why it cannot."""
+    from lsp_agent.engine.device import open_device
+
+    try:
+        return open_device().name, ""
+    except UserError as error:
+        return os.environ.get("LSP_AGENT_DEVICE", ""), str(error)
 
 
 def _nvidia_gpu() -> str | None:
@@ -126,6 +138,7 @@ def _print(report: dict[str, Any]) -> None:
     table.add_row("lsp-agent", f"{report['version']}, Python {report['python']['version']} ({sys.executable})")
     table.add_row("ONNX Runtime", f"{runtime['version'] or 'missing'}: {', '.join(runtime['providers']) or 'nothing'}")
     table.add_row("GPU", runtime["gpu"] or "none that this ONNX Runtime can use")
+    table.add_row("device", report["device"] or "none")
     table.add_row("machine", f"{about['system']}, {about['cores']} cores usable, {about['decoding_threads']} to decode")
     table.add_row("memory", f"{gigabytes(about['available_bytes'])} available of {gigabytes(about['memory_bytes'])}")
     table.add_row("disk", f"{gigabytes(about['disk_free_bytes'])} free for models")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,8 +124,6 @@ def test_doctor_reports_the_machine_and_the_choice(monkeypatch: pytest.MonkeyPat
 
 
 def test_doctor_without_onnxruntime_is_not_usable(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     put("qwen2.5-coder-0.5b")
     monkeypatch.setattr(machine, "usable_memory", lambda: 8 * GB)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -141,6 +140,18 @@ def test_a_gpu_counts_only_when_its_driver_sees_one(monkeypatch: pytest.MonkeyPa
     assert doctor.examine()["onnxruntime"]["gpu"] is None
     monkeypatch.setattr(doctor, "_nvidia_gpu", lambda: "Some GPU, 80 GB")
     assert doctor.examine()["onnxruntime"]["gpu"] == "Some GPU, 80 GB"
+
+
+@pytest.mark.parametrize(("device", "says"), [("nonsense", "There is no device 'nonsense'"), ("cuda", "[gpu]")])
+def test_doctor_says_that_the_device_cannot_be_used(device: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    put("qwen2.5-coder-0.5b")
+    monkeypatch.setattr(machine, "usable_memory", lambda: 8 * GB)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert json.loads(run("doctor", "--json").output)["device"] == "cpu"
+    monkeypatch.setenv("LSP_AGENT_DEVICE", device)
+    result = run("doctor")
+    assert result.return_value == ExitCode.ENVIRONMENT
+    assert says in result.output
 
 
 def test_list_and_info(monkeypatch: pytest.MonkeyPatch) -> None:

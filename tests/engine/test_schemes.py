@@ -129,3 +129,16 @@ def test_mxfp4_experts_lie_column_by_column(hf_package, name):
             scale = 2.0 ** (int(scales[expert, row, column // 32]) - 127)
             assert abs(E2M1[code] * scale - values[expert, row, column]) <= scale  # half the widest step, 4 to 6
             assert E2M1[code] * scale == expected.dequantise().reshape(values.shape)[expert, row, column]
+
+
+@pytest.mark.parametrize("scheme", ["keep", "int8", "int4", "mxfp4"])
+@pytest.mark.parametrize("part", ["self_attn.o_proj", "mlp.experts.3.up_proj", "input_layernorm"])
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_values_that_are_no_finite_numbers_are_refused(tmp_path, scheme, part, value):
+    saved = json.loads(str(GOLDEN_HF["qwen3-moe.checkpoint"]))
+    weights = random_weights(saved["shapes"], saved["config"])
+    weights[f"model.layers.1.{part}.weight"].reshape(-1)[5] = value
+    folder = write_hf_checkpoint(tmp_path / "c", saved["config"], weights)
+    with pytest.raises(UserError, match=r"Tensor blk\.1\..* no finite numbers; download"):
+        import_checkpoint(folder, tmp_path / "p", scheme=scheme)
+    assert not (tmp_path / "p").exists()

@@ -18,9 +18,12 @@ from lsp_agent.errors import UserError
 
 
 def values_of(tensor: CheckpointTensor, start: int, stop: int) -> np.ndarray:
-    """Rows as fp32 [stop - start, columns]."""
+    """Rows as fp32 [stop - start, columns]; raises `UserError` where a value is infinite or no number."""
     raw = np.ascontiguousarray(tensor.read(start, stop))
-    return quants.dequantize(raw, tensor.type).astype(np.float32).reshape(stop - start, tensor.columns)
+    values = quants.dequantize(raw, tensor.type).astype(np.float32).reshape(stop - start, tensor.columns)
+    if not np.isfinite(values).all():
+        raise UserError(f"Tensor {tensor.name} has values that are no finite numbers; download the checkpoint again.")
+    return values
 
 
 def interleave(arrays: Sequence[np.ndarray]) -> np.ndarray:

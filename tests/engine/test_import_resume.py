@@ -147,6 +147,19 @@ def test_ctrl_c_keeps_what_is_finished_and_nothing_else(gguf, tmp_path, filled):
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
 
 
+def test_ctrl_c_while_errors_are_measured_keeps_all_weights(gguf, tmp_path, filled, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ImportPlan, "reports", interrupted)
+        import_checkpoint(gguf, tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+    filled.names.clear()
+    assert import_checkpoint(gguf, tmp_path / "p").tensors
+    assert filled.names == []
+
+
 def test_a_torn_journal_counts_as_far_as_it_is_whole(gguf, tmp_path, filled):
     import_checkpoint(gguf, tmp_path / "whole")
     filled.names.clear()

@@ -117,6 +117,7 @@ class ImportPlan:
                     partial.folder, self.config, {"source": source, "scheme": self.scheme, "tokens": tokens}, weights
                 )
                 size = sum(path.stat().st_size for path in partial.folder.iterdir())
+                reports = self.reports()  # while an interruption still leaves something to continue
                 partial.publish()
         except OSError as error:
             raise UserError(
@@ -124,7 +125,7 @@ class ImportPlan:
                 "start the import again: it continues with what is done."
             ) from error
         meter.finish()
-        return ImportReport(digest, self.scheme, size, self.footprint, self.reports())
+        return ImportReport(digest, self.scheme, size, self.footprint, reports)
 
     def _importer(self, writer: WeightsWriter, progress: Callable[[int], None]) -> WeightImporter:
         return WeightImporter(writer, SCHEMES[self.scheme], self.matched, progress)

@@ -90,6 +90,8 @@ def list_models(as_json: bool) -> None:
             escape(row.license),
         )
     Console().print(table)
+    for name, taken in store.begun().items():
+        click.echo(f"{name}: begun, {gigabytes(taken)}; import it again to go on, or run `lsp-agent model rm {name}`.")
 
 
 @model.command()

@@ -160,14 +160,14 @@ def _check_same(model: InstalledModel, manifest: Manifest, path: Path, scheme: S
 def remove(name: str, progress: Progress) -> int:
     """Remove an installed model and what was fetched or begun for it; returns the bytes freed, raises `UserError`."""
     leftovers = [where(downloads_dir(), name) for where in (target_path, partial_path, wheels_dir)]
-    there = [store.package_dir(name), _staging_dir(name), *leftovers]
+    there = [store.package_dir(name), store.staging_dir(name), *leftovers]
     if not re.fullmatch(NAME_PATTERN, name) or not any(path.exists() for path in there):
         installed = [m.name for m in store.installed()]
         if name in {m.name for m in shipped()}:
             raise UserError(f"The model {name} is not installed, so there is nothing to remove.", ExitCode.USAGE)
         raise UserError(unknown_name(name, installed), ExitCode.USAGE)
     with model_lock(name, progress):
-        trash = _staging_dir(name)
+        trash = store.staging_dir(name)
         trash.mkdir(parents=True, exist_ok=True)
         package = store.package_dir(name)
         if package.exists():
@@ -228,17 +228,13 @@ def _install(
     return InstalledModel(manifest.name, package, manifest), report
 
 
-def _staging_dir(name: str) -> Path:
-    return paths.models_dir() / ".staging" / name
-
-
 @contextmanager
 def _staging(name: str) -> Iterator[Path]:
     """Give a folder next to the packages that holds only what an interrupted import can be continued from.
 
     The lock makes it ours.
     """
-    folder = _staging_dir(name)
+    folder = store.staging_dir(name)
     folder.mkdir(parents=True, exist_ok=True)
     _clean(folder)
     try:

@@ -53,6 +53,17 @@ def disk_bytes(path: Path) -> int:
     return sum(512 * file.stat().st_blocks for file in path.rglob("*") if file.is_file())
 
 
+def staging_dir(name: str) -> Path:
+    """Where the model `name` is built before it is installed."""
+    return paths.models_dir() / ".staging" / name
+
+
+def begun() -> dict[str, int]:
+    """Names of imports that were begun and are not finished, and the disk that they take, in bytes."""
+    folder = staging_dir("x").parent
+    return {path.name: disk_bytes(path) for path in sorted(folder.iterdir())} if folder.is_dir() else {}
+
+
 def same_file(one: Manifest, other: Manifest) -> bool:
     """Whether two manifests describe the same file, by its hash."""
     hashes = [m.source.sha256 if m.source else None for m in (one, other)]

@@ -279,8 +279,10 @@ def begin(folder: Path, *, stop: signal.Signals) -> tuple[int, str]:
 def test_a_killed_import_is_continued(folder: Path, log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin(folder, stop=signal.SIGKILL)
     assert store.installed() == []
+    assert "tiny-coder-next: begun, 0.0 GB; import it again" in CliRunner().invoke(app, ["model", "list"]).stdout
     model = install.import_model(folder, None, log).model
     assert "was interrupted; if it was this one, it is continued" in log.text
+    assert "begun" not in CliRunner().invoke(app, ["model", "list"]).stdout
     assert not any((paths.models_dir() / ".staging").iterdir())
     monkeypatch.setenv("LSP_AGENT_CACHE_DIR", str(tmp_path / "other"))
     whole = install.import_model(folder, None, Log()).model

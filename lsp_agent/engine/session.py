@@ -93,7 +93,7 @@ class Decoder:
         """
         batch, length = ids.shape
         embeddings = self._embed(ids.reshape(-1)).reshape(batch, length, -1).astype(self._element, copy=False)
-        if self._captured is not None and ids.shape == (1, 1) and len(rows) == 1:
+        if self._captured is not None and not state.transient and ids.shape == (1, 1) and len(rows) == 1:
             logits = self._captured.run(embeddings, state)
             state.commit()
             return logits.astype(np.float32)

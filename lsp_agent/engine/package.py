@@ -172,15 +172,20 @@ class Package:
             header = json.loads((path / "config.json").read_text(encoding="utf-8"))
             index = json.loads((path / "index.json").read_text(encoding="utf-8"))
             if header["format"] != FORMAT_VERSION:
-                raise UserError(f"{path} was made by another version of lsp-agent; import the model again.")
+                raise UserError(
+                    f"{path} was made by another version of lsp-agent; remove it with `lsp-agent model rm` and install it "
+                    "again."
+                )
             self.header: dict[str, Any] = header
             self.config = ModelConfig.from_json(header["model"])
             self.weights: dict[str, Weight] = {name: decode_weight(entry) for name, entry in index.items()}
             self._bytes = np.memmap(path / WEIGHTS, np.uint8, "r")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a complete model package; install or import the model again.") from error
+            raise UserError(
+                f"{path} is not a complete model package; remove it with `lsp-agent model rm` and install it again."
+            ) from error
         if self._bytes.size < self._needed():
-            raise UserError(f"{path / WEIGHTS} is truncated; install or import the model again.")
+            raise UserError(f"{path / WEIGHTS} is truncated; remove it with `lsp-agent model rm` and install it again.")
 
     def _needed(self) -> int:
         extents: list[Extent] = []

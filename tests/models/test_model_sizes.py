@@ -130,3 +130,13 @@ def test_inputs_of_generate_that_make_no_sense_get_one_sentence(
 def test_a_report_says_which_four_bits(folder: Path, scheme: str, words: str) -> None:
     report = json.loads(run("model", "import", folder, "--scheme", scheme, "--dry-run", "--report", "--json")[0])
     assert next(entry for entry in report["report"] if entry["name"] == "experts")["carried_as"] == [words]
+
+
+def test_a_damaged_package_is_mended_as_its_error_says(folder: Path) -> None:
+    run("model", "import", folder)
+    (store.package_dir("tiny") / "weights.bin").write_bytes(b"short")
+    with pytest.raises(UserError, match="remove it with `lsp-agent model rm` and install it again"):
+        Package(store.package_dir("tiny"))
+    run("model", "rm", "tiny")
+    run("model", "import", folder)
+    assert Package(store.package_dir("tiny")).weights

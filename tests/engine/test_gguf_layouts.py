@@ -155,3 +155,10 @@ def test_metadata_that_makes_no_sense_is_one_sentence(tmp_path, key, value):
     made.metadata[key] = value
     with pytest.raises(UserError, match=r"model\.gguf has a number that makes no sense"):
         open_checkpoint(made.write(tmp_path / "model.gguf")).config()
+
+
+def test_of_many_missing_files_a_few_are_named(tmp_path):
+    (tmp_path / "model-00002-of-09000.gguf").touch()
+    with pytest.raises(UserError, match=r"lacks model-00001-of-09000\.gguf, .* and 8994 more; download") as caught:
+        open_checkpoint(tmp_path / "model-00002-of-09000.gguf")
+    assert len(str(caught.value)) < 500

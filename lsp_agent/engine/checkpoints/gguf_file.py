@@ -17,6 +17,7 @@ from lsp_agent.engine.architectures import architecture
 from lsp_agent.engine.architectures.config import gguf_config
 from lsp_agent.engine.checkpoints import tokenizer_import
 from lsp_agent.engine.checkpoints.gguf_layouts import GgufTensor, plain_tensors
+from lsp_agent.engine.checkpoints.matching import listed
 from lsp_agent.errors import UserError
 
 MAGIC = b"GGUF"
@@ -124,5 +125,5 @@ def _shards(path: Path) -> list[Path]:
     files = [path.with_name(f"{name['stem']}-{n:05}-of-{name['count']}.gguf") for n in range(1, int(name["count"]) + 1)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise UserError(f"{path.parent} lacks {', '.join(missing)}; download the rest of the checkpoint.")
+        raise UserError(f"{path.parent} lacks {listed(missing)}; download the rest of the checkpoint.")
     return files

@@ -24,6 +24,7 @@ from lsp_agent.engine.architecture import ModelConfig
 from lsp_agent.engine.architectures import ARCHITECTURES, architecture
 from lsp_agent.engine.architectures.config import hf_config
 from lsp_agent.engine.checkpoints import tokenizer_import
+from lsp_agent.engine.checkpoints.matching import listed
 from lsp_agent.engine.checkpoints.safetensors_file import FLOAT8, SafeTensor, read_safetensors
 from lsp_agent.errors import UserError
 
@@ -142,7 +143,7 @@ class HfCheckpoint:
         names = sorted(set(map(str, weight_map.values())))
         absent = [name for name in names if Path(name).name != name or not (self.path / name).is_file()]
         if absent:
-            raise UserError(f"{self.path} lacks {', '.join(absent)}; download the rest of the checkpoint.")
+            raise UserError(f"{self.path} lacks {listed(absent)}; download the rest of the checkpoint.")
         return [self.path / name for name in names]
 
     def _shards_without_index(self) -> list[Path]:

@@ -38,7 +38,7 @@ def match_tensors(
             matched.append((spec, tensors))
     surplus = [name for name in checkpoint.tensors if name not in used | IGNORED]
     complaints = [
-        f"{what} {_listed(names)}"
+        f"{what} {listed(names)}"
         for what, names in (("it lacks", missing), ("it has surplus", surplus), ("misfits:", wrong))
         if names
     ]
@@ -50,7 +50,8 @@ def match_tensors(
     return matched
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first few of some names, and how many more there are."""
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return ", ".join(names[:MOST_NAMED]) + more
 

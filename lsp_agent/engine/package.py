@@ -173,8 +173,8 @@ class Package:
             index = json.loads((path / "index.json").read_text(encoding="utf-8"))
             if header["format"] != FORMAT_VERSION:
                 raise UserError(
-                    f"{path} was made by another version of lsp-agent; remove it with `lsp-agent model rm` and install it "
-                    "again."
+                    f"{path} was made by another version of lsp-agent; remove it with `lsp-agent model rm` and install "
+                    "it again."
                 )
             self.header: dict[str, Any] = header
             self.config = ModelConfig.from_json(header["model"])

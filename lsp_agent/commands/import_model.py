@@ -65,7 +65,7 @@ def _import(
         size = gigabytes(made.package_bytes) + experts_beside(made.footprint.prepacked)
         says = f"Installed {model.name} in {model.path}: scheme {made.scheme}, {size}."
     answer = {"name": model.name, "path": str(model.path), "new": result.new, "scheme": built.get("scheme")}
-    answer |= {"package_bytes": model.manifest.package_bytes, "says": says}
+    answer |= {"package_bytes": made.package_bytes if made else model.manifest.package_bytes, "says": says}
     if not report:
         return answer
     if made is None:  # it was installed before: the same errors can be measured again

@@ -85,7 +85,9 @@ def test_a_dense_model_has_nothing_beside(tmp_path: Path) -> None:
     path = write_runnable_gguf(tmp_path / "real.gguf")
     says = run("model", "import", path, "--name", "dense", "--dry-run")[0]
     assert re.search(r"at most 0\.0 GB on disk; 0\.\d GB of memory on a CPU\.\n", says)
-    run("model", "import", path, "--name", "dense")
+    made = json.loads(run("model", "import", path, "--name", "dense", "--json")[0])
+    built = store.package_dir("dense")
+    assert made["package_bytes"] == sum(f.stat().st_size for f in built.iterdir() if f.name != store.MANIFEST_FILE)
     assert store.resolve("dense").manifest.prepacked_bytes == 0
     assert "more for its experts" not in run("model", "info", "dense")[0]
 

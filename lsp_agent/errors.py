@@ -15,6 +15,12 @@ class ExitCode(IntEnum):
     CANCELLED = 130
 
 
+def one_line(text: str) -> str:
+    """`text`, which may quote a stranger's, without line breaks and characters that do something to a terminal."""
+    shown = (c if c.isprintable() else " " if c.isspace() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
+
+
 class UserError(Exception):
     """Something the user can mend; the message is one clear sentence that says what to do.
 
@@ -22,7 +28,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, exit_code: ExitCode = ExitCode.ENVIRONMENT) -> None:
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.exit_code = exit_code
 
 

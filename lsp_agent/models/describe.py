@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from lsp_agent.chat_model import Tier
 from lsp_agent.engine.fim import QWEN_FIM
-from lsp_agent.errors import UserError
+from lsp_agent.errors import UserError, one_line
 from lsp_agent.models.manifest import Chat, FillInTheMiddle, Manifest, SamplingDefaults
 
 if TYPE_CHECKING:
@@ -49,13 +49,13 @@ def manifest_of(checkpoint: Checkpoint, name: str | None) -> Manifest:
     path = checkpoint.path
     facts = _of_gguf(checkpoint) if isinstance(checkpoint, GgufFile) else _of_folder(checkpoint)
     total, active = _parameters(checkpoint, facts.experts)
-    title = _line(facts.title)
+    title = one_line(facts.title)[:MOST_CHARACTERS]
     try:
         return Manifest(
             name=name if name is not None else re.sub(r"[^a-z0-9._]+", "-", title.lower()).strip("-._")[:64],
             title=title,
-            developer=_line(facts.developer),
-            license=_line(facts.license),
+            developer=one_line(facts.developer)[:MOST_CHARACTERS],
+            license=one_line(facts.license)[:MOST_CHARACTERS],
             architecture=facts.architecture,
             parameters=total,
             active_parameters=active,
@@ -70,11 +70,6 @@ def manifest_of(checkpoint: Checkpoint, name: str | None) -> Manifest:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         advice = "choose one with --name" if where == "name" else "use a complete checkpoint of the model"
         raise UserError(f"{path} says nothing usable about its {where}; {advice}.") from error
-
-
-def _line(text: str) -> str:
-    """A stranger's text as a short line without characters that do something to a terminal."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:MOST_CHARACTERS]
 
 
 def _parameters(checkpoint: Checkpoint, experts: tuple[int, int] | None) -> tuple[int, int | None]:

@@ -191,6 +191,13 @@ def test_experts_of_different_sizes_are_misshapen(tmp_path):
         import_checkpoint(broken(tmp_path, reshape), tmp_path / "p")
 
 
+def test_names_of_tensors_do_nothing_to_the_terminal(tmp_path):
+    with pytest.raises(UserError, match=r"surplus x\\x1b\[2J y") as caught:
+        folder = broken(tmp_path, lambda _, weights: weights.update({"x\x1b[2J\ny": np.zeros(4, np.float32)}))
+        import_checkpoint(folder, tmp_path / "p")
+    assert str(caught.value).isprintable()
+
+
 def test_json_that_is_nested_without_end_is_damaged(hf_folder, tmp_path):
     folder = shutil.copytree(hf_folder(NEXT), tmp_path / "c")
     (folder / "config.json").write_text("[" * 200_000)

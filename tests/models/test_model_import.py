@@ -83,11 +83,11 @@ def test_what_a_checkpoint_says_does_nothing_to_the_terminal(folder: Path) -> No
     named = folder.rename(folder.with_name("Tiny\x1b]0;gone\x07\n\u202eCoder"))
     (named / "README.md").write_text("---\nlicense: [/mit]\x1b[2J\n---\n")
     manifest = described(named)
-    assert (manifest.title, manifest.license) == ("Tiny ]0;gone Coder", "[/mit] [2J")
+    assert (manifest.title, manifest.license) == (r"Tiny\x1b]0;gone\x07 \u202eCoder", r"[/mit]\x1b[2J")
     assert run(named, "--name", "tiny")[0] == ExitCode.OK
-    listed = CliRunner().invoke(app, ["model", "list"])
+    listed = CliRunner().invoke(app, ["model", "list"], env={"COLUMNS": "200"})
     assert listed.exception is None
-    assert "[/mit] [2J" in listed.stdout
+    assert r"[/mit]\x1b[2J" in listed.stdout
 
 
 def test_what_a_folder_says_about_itself(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""`lsp-agent model plan`: where an installed model's bytes would go, and whether they fit."""
+"""`lsp-agent model plan`: where an installed model's bytes would go on a GPU, and whether they fit."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from lsp_agent import machine
 from lsp_agent.commands.progress import gigabytes
-from lsp_agent.engine.device import DeviceName, open_device
+from lsp_agent.engine.device import open_device
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.plan import make_plan
 from lsp_agent.errors import ExitCode, UserError
 from lsp_agent.models import MAX_CONTEXT, store
 
-PLACES = {"gpu": "GPU memory", "memory": "main memory", "mapped": "file pages"}
+PLACES = {"gpu": "GPU memory", "mapped": "file pages"}
 
 
 def _size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
@@ -37,25 +36,30 @@ def _tokens(_context: click.Context, _parameter: click.Parameter, value: str | N
     return int(digits) * (1024 if thousands else 1)
 
 
+def _free() -> int:
+    try:
+        return open_device("cuda").free_memory()
+    except UserError as error:
+        raise UserError(
+            f"There is no GPU to plan for; say how much memory it would have, as in --vram 24GiB. ({error})"
+        ) from error
+
+
 @click.command("plan")
 @click.argument("name")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="By default cuda with --vram, else cpu.")
 @click.option("--vram", callback=_size, help="GPU memory to plan for, such as 24GiB; by default what is free.")
 @click.option("--context", callback=_tokens, help="Tokens of prompt and answer, such as 64k.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(name: str, device: str | None, vram: int | None, context: int | None, as_json: bool) -> None:
-    """Show where the bytes of the installed model NAME would go, and whether they fit; nothing is loaded.
+def command(name: str, vram: int | None, context: int | None, as_json: bool) -> None:
+    """Show where the bytes of the installed model NAME would go on a GPU, and whether they fit; nothing is loaded.
 
-    Exit code 3 when they do not.
+    Exit code 3 when they do not. (`lsp-agent model info NAME` says what it takes on the CPU.)
     """
-    chosen: DeviceName = "cuda" if device == "cuda" or (device is None and vram is not None) else "cpu"
-    if chosen == "cpu" and vram is not None:
-        raise UserError("--vram is about a GPU; leave it or --device cpu out.", ExitCode.USAGE)
     model = store.resolve(name)
     package = Package(model.path)
     length = min(context or MAX_CONTEXT, package.config.context)
-    plan = make_plan(package, chosen, length)
-    free = vram or (machine.usable_memory() if chosen == "cpu" else open_device("cuda").free_memory())
+    plan = make_plan(package, length)
+    free = vram or _free()
     fits, longest = plan.needed <= free, min(plan.longest_context(free), package.config.context)
     if as_json:
         summary = {"needed": plan.needed, "free": free, "fits": fits, "longest_context": longest}

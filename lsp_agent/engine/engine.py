@@ -66,7 +66,7 @@ class Engine:
         length = min(context or opened.config.context, opened.config.context)
         chosen = open_device(device)
         if chosen.name == "cuda":
-            make_plan(opened, "cuda", length).check(chosen.free_memory(), package.name)
+            make_plan(opened, length).check(chosen.free_memory(), package.name)
         return cls(opened, threads or default_threads(), length, accuracy, chosen, on_progress)
 
     @property

@@ -1,8 +1,9 @@
-"""Memory plans: sums of what the package holds, on either device, and sentences that say what would fit."""
+"""Memory plans for a GPU: sums of what the package holds, and sentences that say what would fit."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 
 from lsp_agent.cli import app
 from lsp_agent.engine.architecture import ExpertsConfig, LinearAttentionConfig, ModelConfig
-from lsp_agent.engine.plan import GPU_RUNTIME_BYTES, GPU_WORKSPACE_BYTES, make_plan, state_bytes
+from lsp_agent.engine.plan import RUNTIME_BYTES, WORKSPACE_BYTES, make_plan, state_bytes
 from lsp_agent.engine.state import PREFIX_SLOTS
 from lsp_agent.errors import ExitCode, UserError
 
@@ -24,15 +25,12 @@ NEXT = ModelConfig(
 
 
 def test_the_states_of_the_large_model_are_what_its_numbers_say() -> None:
-    token, fixed = state_bytes(NEXT, gpu=True)
+    token, fixed = state_bytes(NEXT)
     assert token == 12 * 2 * 2 * 256 * 2 == 24_576
     assert fixed == 2 * 36 * (4 * 32 * 128 * 128 + 3 * 8192 * 2)
-    assert state_bytes(NEXT, gpu=False)[0] == 2 * token
 
 
 def installed(folder: Path, monkeypatch: pytest.MonkeyPatch, scheme: str) -> Path:
-    import sys
-
     sys.path.insert(0, str(Path(__file__).parents[1] / "engine" / "golden"))
     from tiny_hf import random_weights, write_hf_checkpoint
 
@@ -57,42 +55,40 @@ def test_a_plan_counts_every_byte_of_the_package_once(tmp_path: Path, monkeypatc
     from lsp_agent.engine.package import Experts, Linear, Package, Rows
 
     package = Package(installed(tmp_path, monkeypatch, "int4"))
-    for device, width in (("cuda", 2), ("cpu", 4)):
-        expected = 0
-        for weight in package.weights.values():
-            parts = weight.parts if isinstance(weight, Linear) else [weight.part] if isinstance(weight, Experts) else []
-            extents = [e for part in parts for e in part.extents().values()]
-            if not isinstance(weight, Rows | Linear | Experts):
-                extents = [weight]
-            expected += sum(int(np.prod(e.shape)) * (1 if e.dtype == "uint8" else width) for e in extents)
-        plan = make_plan(package, device, 128)
-        weights = [item for item in plan.items if not item.what.startswith(("cache", "work", "embedding"))]
-        assert sum(item.bytes for item in weights) == expected
-        token, fixed = state_bytes(package.config, gpu=device == "cuda")
-        assert [i.bytes for i in plan.items if "prompts" in i.what] == [PREFIX_SLOTS * (128 * token + fixed)]
+    expected = 0
+    for weight in package.weights.values():
+        parts = weight.parts if isinstance(weight, Linear) else [weight.part] if isinstance(weight, Experts) else []
+        extents = [e for part in parts for e in part.extents().values()]
+        if not isinstance(weight, Rows | Linear | Experts):
+            extents = [weight]
+        expected += sum(int(np.prod(e.shape)) * (1 if e.dtype == "uint8" else 2) for e in extents)
+    plan = make_plan(package, 128)
+    weights = [item for item in plan.items if not item.what.startswith(("cache", "work", "embedding"))]
+    assert sum(item.bytes for item in weights) == expected
+    token, fixed = state_bytes(package.config)
+    assert [i.bytes for i in plan.items if "prompts" in i.what] == [PREFIX_SLOTS * (128 * token + fixed)]
 
 
-def test_experts_are_paged_on_the_cpu_but_not_as_mxfp4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lsp_agent.engine.package import Package
+def test_the_scales_of_mxfp4_count_three_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lsp_agent.engine.package import Experts, Package
 
-    places = {}
-    for scheme in ("int4", "mxfp4", "keep"):
-        package = Package(installed(tmp_path / scheme, monkeypatch, scheme))
-        places[scheme] = {item.what: item.where for item in make_plan(package, "cpu", 64).items}["experts"]
-    assert places == {"int4": "mapped", "mxfp4": "memory", "keep": "memory"}
+    package = Package(installed(tmp_path, monkeypatch, "mxfp4"))
+    experts = [weight.part for weight in package.weights.values() if isinstance(weight, Experts)]
+    expected = sum(part.codes.nbytes + 3 * part.scales.nbytes for part in experts if part.codes and part.scales)
+    assert {item.what: item.bytes for item in make_plan(package, 64).items}["experts"] == expected > 0
 
 
 def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lsp_agent.engine.package import Package
 
-    plan = make_plan(Package(installed(tmp_path, monkeypatch, "int8")), "cuda", 65536)
+    plan = make_plan(Package(installed(tmp_path, monkeypatch, "int8")), 65536)
     plan.check(plan.needed, "tiny")
     for free in (plan.needed - 1, plan.needed - 30_000 * plan.bytes_a_token):
         longest = plan.longest_context(free)
         assert 0 < longest < 65536 and longest % 1024 == 0
         with pytest.raises(UserError, match=f"choose a context of at most {longest}"):
             plan.check(free, "tiny")
-        shorter = make_plan(Package(tmp_path / "cache" / "models" / "tiny-coder-next"), "cuda", longest)
+        shorter = make_plan(Package(tmp_path / "cache" / "models" / "tiny-coder-next"), longest)
         assert shorter.needed <= free < shorter.needed + 1024 * shorter.bytes_a_token
     with pytest.raises(UserError, match="use the CPU or a smaller model"):
         plan.check(1_000_000, "tiny")
@@ -103,12 +99,14 @@ def test_the_command_plans_for_a_card_that_is_not_there(tmp_path: Path, monkeypa
     output, error = run("--vram", "24GiB", "--context", "1k", "--json")
     plan = json.loads(output)
     assert error is None and plan["fits"] and plan["context"] == 256, "the context is the model's at most"
-    assert GPU_RUNTIME_BYTES + GPU_WORKSPACE_BYTES < plan["needed"] < 4e9 and plan["free"] == 24 * 1024**3
+    assert RUNTIME_BYTES + WORKSPACE_BYTES < plan["needed"] < 4e9 and plan["free"] == 24 * 1024**3
     text, _ = run("--vram", "24GiB")
     assert "GPU memory" in text and "it fits, with up to 256" in text and "file pages" in text
     _, error = run("--vram", "1GiB")
     assert error and error.exit_code == ExitCode.ENVIRONMENT and "use the CPU or a smaller model" in str(error)
-    assert json.loads(run("--json")[0])["device"] == "cpu"
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    _, error = run()
+    assert error and "--vram 24GiB" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +115,6 @@ def test_the_command_plans_for_a_card_that_is_not_there(tmp_path: Path, monkeypa
         (["--vram", "much"], "'much' is not a size; write it like 24GiB"),
         (["--context", "0"], "'0' is not a number of tokens"),
         (["--context", "64m"], "'64m' is not a number of tokens"),
-        (["--device", "cpu", "--vram", "8GB"], "--vram is about a GPU"),
     ],
 )
 def test_wrong_arguments_get_a_sentence(arguments: list[str], sentence: str) -> None:

@@ -21,6 +21,7 @@ from lsp_agent.errors import UserError
 
 FORMAT_VERSION = 1
 WEIGHTS = "weights.bin"
+INDEX = "index.json"
 PAGE = 4096
 CORRECTION_BLOCK = 64
 
@@ -160,7 +161,7 @@ def write_index(folder: Path, config: ModelConfig, about: dict[str, Any], weight
     header = {"format": FORMAT_VERSION, "model": config.to_json(), **about}
     (folder / "config.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
     index = {name: encode_weight(weight) for name, weight in weights.items()}
-    (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 
 class Package:
@@ -170,7 +171,7 @@ class Package:
         self.path = path
         try:
             header = json.loads((path / "config.json").read_text(encoding="utf-8"))
-            index = json.loads((path / "index.json").read_text(encoding="utf-8"))
+            index = json.loads((path / INDEX).read_text(encoding="utf-8"))
             if header["format"] != FORMAT_VERSION:
                 raise UserError(
                     f"{path} was made by another version of lsp-agent; remove it with `lsp-agent model rm` and install "

@@ -105,3 +105,15 @@ def test_packages_that_are_not_whole(tiny_package, tmp_path):
     (copy / "index.json").write_text("[]")
     with pytest.raises(UserError, match="not a complete model package"):
         Engine.load(copy)
+
+
+def test_a_folder_that_is_no_package_is_not_replaced(tiny_package, tmp_path):
+    source = tiny_package().parent / "tiny.gguf"
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="is no model package; give the path of a new folder"):
+        import_checkpoint(source, tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):  # an empty folder, then a package
+        import_checkpoint(source, tmp_path / "empty")
+    assert (tmp_path / "empty" / "index.json").is_file()

@@ -22,7 +22,7 @@ from lsp_agent.engine.checkpoints.weight_writers import WeightImporter
 from lsp_agent.engine.decoder import decoder_weights
 from lsp_agent.engine.footprint import Footprint, footprint
 from lsp_agent.engine.gguf_blocks import CARRIERS
-from lsp_agent.engine.package import FORMAT_VERSION, WeightsWriter, encode_weight, write_index
+from lsp_agent.engine.package import FORMAT_VERSION, INDEX, WeightsWriter, encode_weight, write_index
 from lsp_agent.engine.quantisation import SCHEMES, SchemeName
 from lsp_agent.errors import UserError
 
@@ -99,6 +99,12 @@ class ImportPlan:
 
     def run(self, package: Path, on_progress: Progress | None = None) -> ImportReport:
         """See `import_checkpoint`."""
+        if (
+            package.exists()
+            and not (package / INDEX).is_file()
+            and not (package.is_dir() and not any(package.iterdir()))
+        ):
+            raise UserError(f"{package} is there already and is no model package; give the path of a new folder.")
         files = self.checkpoint.files()
         identity = self._identity(files)
         try:
@@ -163,7 +169,7 @@ class ImportPlan:
 def import_checkpoint(
     source: Path, package: Path, *, scheme: SchemeName | None = "keep", on_progress: Progress | None = None
 ) -> ImportReport:
-    """Convert a GGUF file or a Hugging Face folder into the folder `package`, which is replaced if it exists.
+    """Convert a GGUF file or a Hugging Face folder into the folder `package`, which is replaced if it is a package.
 
     `scheme` says how floating-point weights are rounded (None: `default_scheme`); quantised ones are carried as they
     are. The folder appears only when it is complete; an import that was killed continues after the last finished

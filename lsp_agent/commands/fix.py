@@ -59,7 +59,8 @@ def fix(
     from lsp_agent.agent.fix import fix as run_fix
     from lsp_agent.agent.request import FixRequest, Limits
     from lsp_agent.config import load_settings
-    from lsp_agent.models import open_model
+    from lsp_agent.models import SCRIPTED, open_model
+    from lsp_agent.models.store import resolve
     from lsp_agent.testing.integrity import ProtectedFiles
     from lsp_agent.testing.pytest_runner import PytestRunner
     from lsp_agent.testing.sandbox import Sandbox
@@ -78,6 +79,8 @@ def fix(
         given = {"model": model, "max_turns": max_turns, "max_seconds": max_seconds}
         settings = load_settings(workspace.root, {**given, "test_timeout_seconds": test_timeout})
         limits = Limits(settings.max_turns, settings.max_seconds, max_tokens)
+        if model is not None and not model.startswith(SCRIPTED):
+            resolve(model)  # a wrong name is said before the tests are run
         request = FixRequest(tests, settings.model, limits, seed, settings.test_timeout_seconds)
         sandbox = Sandbox(workspace.root, enabled=settings.sandbox)
         if sandbox.level != "full":

@@ -61,7 +61,10 @@ class Decoder:
             if captures and "out of memory" in str(error):
                 message = f"The GPU has too little free memory for {package.path}; free some, or use the CPU."
                 raise UserError(message) from error
-            raise UserError(f"ONNX Runtime cannot load {package.path} ({error}); import the model again.") from error
+            raise UserError(
+                f"ONNX Runtime cannot load {package.path} ({error}); remove it with `lsp-agent model rm` and install "
+                "it again."
+            ) from error
         if paged:
             read_in_huge_pages(paged)
         self._captured: CapturedSteps | None = None

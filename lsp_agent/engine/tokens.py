@@ -31,7 +31,10 @@ class Tokenizer:
             config = json.loads((package.path / "tokenizer_config.json").read_text(encoding="utf-8"))
             self._chat_template: str | None = config.get("chat_template")
         except Exception as error:  # tokenizers raises bare exceptions
-            raise UserError(f"{package.path} lacks a readable tokenizer.json; import the model again.") from error
+            raise UserError(
+                f"{package.path} lacks a readable tokenizer.json; remove it with `lsp-agent model rm` and install it "
+                "again."
+            ) from error
         tokens: dict[str, Any] = package.header["tokens"]
         self.end_ids = frozenset(tokens["end"])
         self.fim: dict[str, int] = tokens["fim"]

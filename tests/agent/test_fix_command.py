@@ -99,6 +99,12 @@ def test_errors_are_one_sentence(shapes: Path, arguments: list[str], code: int, 
     assert "\n" not in str(result.exception)
 
 
+def test_a_wrong_model_is_said_before_the_tests_are_run(shapes: Path) -> None:
+    result = run(shapes, "--model", "no-such-model")
+    assert isinstance(result.exception, UserError) and "no-such-model" in str(result.exception)
+    assert "running the tests" not in result.output
+
+
 def test_no_folder_and_no_tests(tmp_path: Path) -> None:
     result = run(tmp_path / "nowhere")
     assert isinstance(result.exception, UserError) and result.exception.exit_code == 2

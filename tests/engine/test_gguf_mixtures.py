@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import quants
 from test_golden_hf import PROMPT, read
 from test_quantised_graphs import dequantised
-from tiny_checkpoint import MERGES, vocabulary
+from tiny_checkpoint import add_vocabulary
 
 from lsp_agent.engine.checkpoints.checkpoint import open_checkpoint
 from lsp_agent.engine.checkpoints.importing import import_checkpoint
@@ -46,13 +46,7 @@ def convert(folder, path, kinds=None):
         writer.add_ssm_state_size(linear.key_size)
         writer.add_ssm_time_step_rank(linear.value_heads)
         writer.add_ssm_group_count(linear.key_heads)
-    tokens, types = vocabulary()
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(MERGES)
-    writer.add_eos_token_id(tokens.index("<|im_end|>"))
+    add_vocabulary(writer)
     for tensor in checkpoint.tensors.values():
         raw = np.ascontiguousarray(tensor.read(0, tensor.rows))
         values = quants.dequantize(raw, tensor.type).reshape(tensor.rows, tensor.columns)

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from gguf import GGMLQuantizationType as Type
-from tiny_checkpoint import MERGES, random_blocks, vocabulary
+from tiny_checkpoint import add_vocabulary, random_blocks, vocabulary
 
 from lsp_agent.engine import prepacked
 from lsp_agent.engine.architectures import architecture
@@ -302,13 +302,7 @@ def wide_package(folder, experts):
     writer.add_expert_count(experts)
     writer.add_expert_used_count(2)
     writer.add_expert_feed_forward_length(hidden)
-    tokens, kinds = vocabulary()
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges(MERGES)
-    writer.add_eos_token_id(tokens.index("<|im_end|>"))
+    add_vocabulary(writer)
     random = np.random.RandomState(0)
 
     def matrix(name, *shape):
@@ -318,6 +312,7 @@ def wide_package(folder, experts):
     def vector(name, size):
         writer.add_tensor(f"{name}.weight", np.ones(size, np.float32))
 
+    tokens, _ = vocabulary()
     matrix("token_embd", len(tokens), hidden)
     matrix("output", len(tokens), hidden)
     vector("output_norm", hidden)

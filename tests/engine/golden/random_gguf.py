@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf import quants
-from tiny_checkpoint import MERGES, vocabulary
+from tiny_checkpoint import add_vocabulary
 
 CONTEXT = 512
 VOCABULARY = 288
@@ -281,10 +281,4 @@ def _metadata(writer: gguf.GGUFWriter, name: str, size: Sizes) -> None:
         writer.add_ssm_time_step_rank(size.value_heads)
         writer.add_ssm_inner_size(size.value_heads * size.linear_head)
         writer.add_full_attention_interval(size.interval)
-    tokens, types = vocabulary()
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(MERGES)
-    writer.add_eos_token_id(tokens.index("<|im_end|>"))
+    add_vocabulary(writer)

@@ -95,6 +95,17 @@ def tensors(kind: Type | str, tied: bool, seed: int = 7) -> dict[str, tuple[Type
     return result
 
 
+def add_vocabulary(writer: gguf.GGUFWriter) -> None:
+    """Write `vocabulary` as the tokenizer of a GGUF file."""
+    tokens, kinds = vocabulary()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(MERGES)
+    writer.add_eos_token_id(tokens.index("<|im_end|>"))
+
+
 def write_checkpoint(path: Path, kind: Type | str, tied: bool = False) -> Path:
     """Write the GGUF file and return its path."""
     writer = gguf.GGUFWriter(path, "qwen2")
@@ -106,13 +117,7 @@ def write_checkpoint(path: Path, kind: Type | str, tied: bool = False) -> Path:
     writer.add_head_count_kv(KV_HEADS)
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-6)
-    tokens, kinds = vocabulary()
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges(MERGES)
-    writer.add_eos_token_id(tokens.index("<|im_end|>"))
+    add_vocabulary(writer)
     writer.add_chat_template(TEMPLATE)
     for name, (type_, raw) in tensors(kind, tied).items():
         values = raw.view(np.float32).reshape(-1) if name.endswith((".bias", "norm.weight")) else raw

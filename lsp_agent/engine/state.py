@@ -3,7 +3,7 @@
 Keys and values are preallocated buffers that the graph extends in place: forgetting the last tokens only means to
 count them no longer. A recurrent state (of Gated DeltaNet and its convolution) is replaced by every run, which reads
 one buffer of a ring and writes the next: it can go back to before each of the last few runs, and to checkpoints:
-copies of it, in main memory, at a few lengths, from which a prefix can be taken up.
+copies of it at a few lengths, from which a prefix can be taken up.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import onnxruntime as ort
 
 from lsp_agent.engine.device import Array, CpuDevice, Device, bind_input, bind_output
 
-MOST_CHECKPOINTS = 16
 PREFIX_SLOTS = 4
 """Past prompts whose states are kept."""
 
@@ -69,30 +68,48 @@ class State:
                 self._growing[spec.past] = self._device.zeros((batch, heads, capacity, size), spec.dtype)
         self._replaced = [spec for spec in self._specs if not spec.growing]
         self._batch = batch
-        # A run reads one buffer and writes the next: the CPU kernels are wrong in place, and a run may be cancelled.
-        self._ring, self._turn = [self._new_buffers()], 0
-        self._checkpoints: dict[int, dict[str, np.ndarray]] = {}  # by length, ascending
-        self._forget_history()
-
-    def _forget_history(self) -> None:
-        """Keep the present buffer of the ring only, as its first."""
-        self._ring = [self._recurrent, *({} for _ in range(self._device.history))]
-        self.captured: dict[tuple[int, int], object] = {}  # decode steps by `turn` and bucket, see CapturedSteps
-        self._bindings: list[ort.IOBinding | None] = [None] * len(self._ring)
+        self._checkpoints: dict[int, dict[str, Array]] = {}  # by length, ascending
+        self._rings: dict[str, Array] = {
+            spec.past: self._device.zeros((1, batch, *spec.shape), spec.dtype) for spec in self._replaced
+        }
         self._turn = 0
-        self._history: list[tuple[int, int]] = []  # length and place in the ring of earlier states, oldest first
+        self._resize_rings(1)
 
-    def _new_buffers(self) -> dict[str, Array]:
-        return {spec.past: self._device.zeros((self._batch, *spec.shape), spec.dtype) for spec in self._replaced}
+    def _resize_rings(self, size: int) -> None:
+        """Keep the present buffer of each ring only, as the first of `size`."""
+        if self._rings and len(next(iter(self._rings.values()))) != size:
+            kept = self._recurrent
+            for spec in self._replaced:
+                ring = self._device.zeros((size, self._batch, *spec.shape), spec.dtype)
+                self._device.assign(ring[0], kept[spec.past])
+                self._rings[spec.past] = ring
+            self._turn = 0
+        self.captured: object | None = None
+        """The decode step that was captured for the addresses of these buffers, see `StepRunner`."""
+        self._bindings: list[ort.IOBinding | None] = [None] * size
+        self._history: list[tuple[int, int]] = []  # length and place in the ring of earlier states, oldest first
 
     @property
     def turn(self) -> int:
-        """Which buffer of the ring the next run reads."""
+        """Which buffer of the rings the next run reads."""
         return self._turn
 
     @property
+    def ring_size(self) -> int:
+        """Buffers of each ring: a run reads the one at `turn` and writes the one after it."""
+        return len(self._bindings)
+
+    @property
+    def buffers(self) -> dict[str, Array]:
+        """By `past` name: keys and values [batch, heads, capacity, head size], rings [ring size, batch, ...]."""
+        return self._growing | self._rings
+
+    @property
     def _recurrent(self) -> dict[str, Array]:
-        return self._ring[self._turn]
+        return self._slot(self._turn)
+
+    def _slot(self, place: int) -> dict[str, Array]:
+        return {name: ring[place] for name, ring in self._rings.items()}
 
     def binding(self, session: ort.InferenceSession) -> ort.IOBinding:
         """A binding of every state, past input and present output; the rest is bound at each run.
@@ -108,21 +125,23 @@ class State:
 
     def begin(self) -> None:
         """Prepare for a run, which overwrites the oldest state of the ring whether it is taken over or not."""
+        if self._replaced and self.ring_size == 1:
+            # A run reads one buffer and writes the next: the CPU kernels are wrong in place, and it may be cancelled.
+            self._resize_rings(2 if self.transient else 1 + self._device.history)
         following = self._following
         self._history = [(length, place) for length, place in self._history if place != following]
-        self._ring[following] = self._ring[following] or self._new_buffers()
 
     def bind(self, binding: ort.IOBinding) -> None:
         """Bind every state as it is for the next run, after `begin`."""
         for spec in self._specs:
             past = (self._growing if spec.growing else self._recurrent)[spec.past]
-            present = past if spec.growing else self._ring[self._following][spec.past]
+            present = past if spec.growing else self._slot(self._following)[spec.past]
             bind_input(self._device, binding, spec.past, past)
             bind_output(self._device, binding, spec.present, present)
 
     @property
     def _following(self) -> int:
-        return (self._turn + 1) % len(self._ring)
+        return (self._turn + 1) % self.ring_size
 
     def commit(self) -> None:
         """Take over what a run has just written; without it the state is as before the run."""
@@ -132,8 +151,8 @@ class State:
 
     def trim(self) -> None:
         """Give back the memory of the history: the state can go back to checkpoints only."""
-        if self._replaced and self._device.history > 1:
-            self._forget_history()
+        if self._replaced:
+            self._resize_rings(1)
 
     def extend(self, ids: Sequence[int]) -> None:
         """Count tokens that a run has just read (of a state of one sequence)."""
@@ -144,8 +163,8 @@ class State:
         """Remember this length as one to come back to; costs nothing where every length is."""
         if not self._replaced or not self.length or self.length in self._checkpoints:
             return
-        self._checkpoints[self.length] = {name: self._device.host(array) for name, array in self._recurrent.items()}
-        if len(self._checkpoints) > MOST_CHECKPOINTS:
+        self._checkpoints[self.length] = {name: self._device.copy(array) for name, array in self._recurrent.items()}
+        if len(self._checkpoints) > self._device.checkpoints:
             # The one that is closest to its predecessor is missed least; the latest stays.
             gaps = [(after - before, after) for before, after in pairwise([0, *self._checkpoints])]
             del self._checkpoints[min(gaps[:-1])[1]]
@@ -187,11 +206,11 @@ class State:
             return
         if source.reachable(length) != length:
             raise ValueError(f"there is no checkpoint at {length} tokens")
-        arrays: dict[str, Array] | None = source._checkpoints.get(length)
+        arrays = source._checkpoints.get(length)
         if length == source.length:
             arrays = source._recurrent
         elif (place := dict(source._history).get(length)) is not None:
-            arrays = source._ring[place]
+            arrays = source._slot(place)
         for name, array in self._recurrent.items():
             self._device.assign(array, 0 if arrays is None else arrays[name][:1])
 
@@ -206,10 +225,10 @@ class State:
             for target, row in enumerate(rows):
                 if target != row:
                     self._device.assign(array[target], array[row])
-            self._recurrent[name] = array[: len(rows)]
-        self._batch = len(rows)
+            self._rings[name] = array[None, : len(rows)]
+        self._batch, self._turn = len(rows), 0
         self._checkpoints.clear()
-        self._forget_history()
+        self._resize_rings(1)
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state (of one sequence), independent of what happens to it later."""

@@ -11,7 +11,7 @@ from lsp_agent.chat_model import Sampling
 from lsp_agent.engine.device import CpuDevice
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.generation import prefill
-from lsp_agent.engine.state import MOST_CHECKPOINTS, PrefixCache, State
+from lsp_agent.engine.state import PrefixCache, State
 from lsp_agent.errors import Cancelled
 
 HYBRID, ATTENTION = "qwen3-next", "qwen3-moe"
@@ -163,7 +163,7 @@ def test_checkpoints_are_thinned_evenly(hf_engine):
         state.checkpoint()
     state.trim()
     kept = sorted({state.reachable(n) for n in range(80)} - {0})
-    assert len(kept) <= MOST_CHECKPOINTS and kept[0] <= 10
+    assert len(kept) <= CpuDevice.checkpoints and kept[0] <= 10
     assert max(np.diff(kept)) <= 16
 
 

@@ -20,12 +20,13 @@ class Device(Protocol):
     """Makes arrays in the device's memory and hands them to ONNX Runtime by address.
 
     `history`: how many runs a recurrent state can go back there without a checkpoint; `checkpoints`: how many of
-    these a state keeps.
+    these a state keeps. `prefill_chunk`: tokens of a prompt to read in one run.
     """
 
     name: DeviceName
     history: int
     checkpoints: int
+    prefill_chunk: int
 
     def providers(self, options: dict[str, str]) -> list[Any]:
         """What `onnxruntime.InferenceSession` takes as providers; `options` are further options of this one."""
@@ -61,6 +62,7 @@ class CpuDevice:
     name: DeviceName = "cpu"
     history = 8
     checkpoints = 16
+    prefill_chunk = 256
 
     def providers(self, options: dict[str, str]) -> list[Any]:
         """See `Device.providers`."""
@@ -104,6 +106,7 @@ class CudaDevice:
     name: DeviceName = "cuda"
     history = 8
     checkpoints = 6  # of 79 MB each for Qwen3-Coder-Next
+    prefill_chunk = 2048
 
     def __init__(self) -> None:
         self._cupy = _cupy()

@@ -12,13 +12,11 @@ import numpy as np
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
 from lsp_agent.engine.drafting import PromptLookup
-from lsp_agent.engine.sampling import Sampler, log_probability
+from lsp_agent.engine.sampling import HostLogits, Logits, Sampler
 from lsp_agent.engine.session import Decoder
 from lsp_agent.engine.state import PrefixCache, State
 from lsp_agent.engine.tokens import StopStrings, TextStream, Tokenizer
 from lsp_agent.errors import PromptTooLong, UserError
-
-PREFILL_CHUNK = 256
 
 FinishReason = Literal["stop", "length"]
 
@@ -60,9 +58,13 @@ class _Sequence:
 
 
 def prefill(
-    decoder: Decoder, state: State, ids: Sequence[int], cancel: CancelToken, chunk: int = PREFILL_CHUNK
+    decoder: Decoder, state: State, ids: Sequence[int], cancel: CancelToken, chunk: int | None = None
 ) -> np.ndarray:
-    """Read `ids` after what `state` has read; returns the last token's logits [vocabulary]."""
+    """Read `ids` after what `state` has read, at most `chunk` at a time (by default what suits the device).
+
+    Returns the last token's logits [vocabulary].
+    """
+    chunk = chunk or decoder.prefill_chunk
     logits = np.empty((0, decoder.config.vocabulary), np.float32)
     for start in range(0, len(ids), chunk):
         cancel.raise_if_cancelled()
@@ -127,7 +129,7 @@ class Generation(Iterator[Step]):
         (sequence,) = self._sequences
         lookup = PromptLookup(self._prompt)
         draft: list[int] = []
-        rows = logits[None]
+        rows: list[Logits] = [HostLogits(logits)]
         while True:
             accepted = 0
             for row, guess in zip(rows, [*draft, None], strict=True):
@@ -148,14 +150,17 @@ class Generation(Iterator[Step]):
             self.timings.accepted_tokens += accepted
             draft = lookup.propose(self._limit - len(sequence.tokens) - 1) if self._drafting else []
             ids = [sequence.tokens[-1], *draft]
-            rows = self._decoder.run(np.array([ids], np.int64), state, range(len(ids)))
+            if draft:
+                rows = [HostLogits(row) for row in self._decoder.run(np.array([ids]), state, range(len(ids)))]
+            else:
+                rows = self._decoder.step(ids, state)
             state.extend(ids[:1])
             self.timings.decode_s += time.perf_counter() - started
 
     def _decode_batch(self, shared: State, first: np.ndarray) -> Iterator[Step]:
         """All sequences advance in step; one that has ended leaves the batch."""
         live = self._sequences
-        logits = np.broadcast_to(first, (len(live), len(first)))
+        logits: list[Logits] = [HostLogits(first)] * len(live)
         capacity = len(self._prompt) + self._limit
         state = self._decoder.new_state(capacity, len(live))
         state.copy_prefix(shared, shared.length)
@@ -173,15 +178,14 @@ class Generation(Iterator[Step]):
             if len(kept) < len(live):
                 live = [live[row] for row in kept]
                 state.keep(kept)
-            last = np.array([[sequence.tokens[-1]] for sequence in live], np.int64)
-            logits = self._decoder.run(last, state, range(len(live)))
+            logits = self._decoder.step([sequence.tokens[-1] for sequence in live], state)
             state.length += 1
             self.timings.decode_s += time.perf_counter() - started
 
-    def _advance(self, sequence: _Sequence, logits: np.ndarray) -> Step:
+    def _advance(self, sequence: _Sequence, logits: Logits) -> Step:
         started = time.perf_counter()
         token = sequence.sampler.draw(logits, self._prompt + sequence.tokens)
-        logprob = log_probability(logits, token)
+        logprob = logits.log_probability(token)
         sequence.tokens.append(token)
         self.timings.decoded_tokens += 1
         reason: FinishReason | None = None

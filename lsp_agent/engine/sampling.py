@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -30,16 +31,51 @@ def penalise_repetition(logits: np.ndarray, seen: Sequence[int], penalty: float)
     return result
 
 
-def filtered_probabilities(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+class Logits(Protocol):
+    """One position's logits over the vocabulary, of which a GPU need not hand over all."""
+
+    def top(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and logits of the `count` best tokens, best first; of all tokens when `count` is 0."""
+
+    def log_probability(self, token: int) -> float:
+        """Natural-log probability of `token`."""
+
+    def all(self) -> np.ndarray:
+        """Every logit, fp32 [vocabulary]."""
+
+
+class HostLogits:
+    """Logits [vocabulary] in main memory."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self._values = values
+
+    def top(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `Logits.top`."""
+        values = self._values
+        if count == 1:
+            tokens = values.argmax(keepdims=True)
+        elif 0 < count < len(values):
+            tokens = np.argpartition(-values, count - 1)[:count]
+        else:
+            tokens = np.arange(len(values))
+        tokens = tokens[np.argsort(-values[tokens], kind="stable")]
+        return tokens, values[tokens]
+
+    def log_probability(self, token: int) -> float:
+        """See `Logits.log_probability`."""
+        return log_probability(self._values, token)
+
+    def all(self) -> np.ndarray:
+        """See `Logits.all`."""
+        return self._values
+
+
+def filtered_probabilities(logits: Logits, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """Candidate tokens, most probable first, and their probabilities after temperature, top-k, top-p and min-p."""
-    scaled = logits.astype(np.float64) / sampling.temperature
-    count = len(scaled)
-    if 0 < sampling.top_k < count:
-        tokens = np.argpartition(-scaled, sampling.top_k - 1)[: sampling.top_k]
-    else:
-        tokens = np.arange(count)
-    tokens = tokens[np.argsort(-scaled[tokens], kind="stable")]
-    probabilities = np.exp(scaled[tokens] - scaled[tokens[0]])
+    tokens, values = logits.top(max(sampling.top_k, 0))
+    scaled = values.astype(np.float64) / sampling.temperature
+    probabilities = np.exp(scaled - scaled[0])
     probabilities /= probabilities.sum()
     if sampling.top_p < 1:
         kept = int(np.searchsorted(np.cumsum(probabilities), sampling.top_p)) + 1
@@ -58,12 +94,12 @@ class Sampler:
         entropy = None if sampling.seed is None else [sampling.seed & (2**64 - 1), index]
         self._random = np.random.default_rng(entropy)
 
-    def draw(self, logits: np.ndarray, seen: Sequence[int]) -> int:
-        """The next token from logits [vocabulary], given the prompt's and answer's tokens so far."""
+    def draw(self, logits: Logits, seen: Sequence[int]) -> int:
+        """The next token, given the prompt's and answer's tokens so far."""
         if self._sampling.repetition_penalty != 1 and len(seen):
-            logits = penalise_repetition(logits, seen, self._sampling.repetition_penalty)
+            logits = HostLogits(penalise_repetition(logits.all(), seen, self._sampling.repetition_penalty))
         if self._sampling.temperature <= 0:
-            return int(logits.argmax())
+            return int(logits.top(1)[0][0])
         tokens, probabilities = filtered_probabilities(logits, self._sampling)
         chosen = np.searchsorted(np.cumsum(probabilities), self._random.random(), side="right")
         return int(tokens[min(int(chosen), len(tokens) - 1)])

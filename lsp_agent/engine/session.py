@@ -19,6 +19,7 @@ from lsp_agent.engine.embedding import Embedding
 from lsp_agent.engine.graph import Accuracy, GraphBuilder
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.prepacked import Progress, page_experts_in, read_in_huge_pages
+from lsp_agent.engine.sampling import HostLogits, Logits
 from lsp_agent.engine.state import State
 from lsp_agent.errors import Cancelled, UserError
 
@@ -80,6 +81,11 @@ class Decoder:
         return CudaGraph(package, context)
 
     @property
+    def prefill_chunk(self) -> int:
+        """Tokens of a prompt that are read in one run, unless the caller wishes otherwise."""
+        return self.device.prefill_chunk
+
+    @property
     def recurrent(self) -> bool:
         """Whether a part of the state cannot go back by any number of tokens."""
         return not all(spec.growing for spec in self.states)
@@ -133,6 +139,11 @@ class Decoder:
                 watcher.join()
         state.commit()
         return device.host(logits)[0, :wanted].astype(np.float32, copy=False)
+
+    def step(self, tokens: Sequence[int], state: State) -> list[Logits]:
+        """Append one token to each sequence of `state`; returns what each says next. See `run`."""
+        logits = self.run(np.array(tokens, np.int64)[:, None], state, range(len(tokens)))
+        return [HostLogits(row) for row in logits]
 
     def rollback(self, state: State, count: int) -> None:
         """Forget the last `count` tokens of a state of one sequence.

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from lsp_agent.chat_model import Sampling
-from lsp_agent.engine.sampling import Sampler, filtered_probabilities, log_probability, penalise_repetition
+from lsp_agent.engine.sampling import HostLogits, Sampler, filtered_probabilities, log_probability, penalise_repetition
 
-LOGITS = np.log(np.array([0.5, 0.05, 0.3, 0.15], np.float32))
+PROBABILITIES = np.array([0.5, 0.05, 0.3, 0.15], np.float32)
+LOGITS = HostLogits(np.log(PROBABILITIES))
 
 
 def test_greedy_takes_the_best():
@@ -33,7 +34,7 @@ def test_filters(sampling, tokens, probabilities):
 def test_draws_follow_the_distribution():
     sampler = Sampler(Sampling(temperature=1, seed=3))
     counts = np.bincount([sampler.draw(LOGITS, []) for _ in range(4000)], minlength=4) / 4000
-    np.testing.assert_allclose(counts, np.exp(LOGITS), atol=0.03)
+    np.testing.assert_allclose(counts, PROBABILITIES, atol=0.03)
 
 
 def test_seeds():
@@ -51,9 +52,15 @@ def test_seeds():
 def test_repetition_penalty():
     logits = np.array([2.0, -1.0, 1.5], np.float32)
     np.testing.assert_allclose(penalise_repetition(logits, [0, 1, 0], 2.0), [1.0, -2.0, 1.5])
-    assert Sampler(Sampling(repetition_penalty=2.0)).draw(logits, [0]) == 2
+    assert Sampler(Sampling(repetition_penalty=2.0)).draw(HostLogits(logits), [0]) == 2
 
 
 def test_log_probability():
-    assert log_probability(LOGITS, 2) == pytest.approx(np.log(0.3), rel=1e-5)
+    assert LOGITS.log_probability(2) == pytest.approx(np.log(0.3), rel=1e-5)
     assert log_probability(np.array([1000.0, 0.0], np.float32), 0) == pytest.approx(0)
+
+
+def test_the_best_tokens_come_first():
+    tokens, values = LOGITS.top(3)
+    assert tokens.tolist() == [0, 2, 3] and values.tolist() == np.log(PROBABILITIES)[[0, 2, 3]].tolist()
+    assert [LOGITS.top(count)[0].tolist() for count in (1, 0, 9)] == [[0], [0, 2, 3, 1], [0, 2, 3, 1]]

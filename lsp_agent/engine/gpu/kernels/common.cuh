@@ -1,0 +1,195 @@
+// What every kernel shares. Include this first, and nothing else of CUDA: the same sources are compiled by NVRTC and,
+// for tests without a GPU, as C++ by the emulator, which brings a cuda_fp16.h of its own. PTX stays in this file.
+#pragma once
+
+#include <cuda_fp16.h>
+
+constexpr unsigned FULL_WARP = 0xffffffffu;
+constexpr int WARP = 32;
+
+// The kernel's dynamic shared memory (Launch.shared bytes), aligned to 16 bytes: DYNAMIC_SHARED(bytes); at the top of a kernel.
+#ifdef CUDA_EMULATOR
+#define DYNAMIC_SHARED(name) unsigned char *const name = emulator::dynamic_shared
+#else
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+// ---- Programmatic dependent launch: a kernel may start while the one before it still runs ----
+
+// Wait until the kernels before this one are done and their writes visible. Returns at once where the launch does not
+// overlap. Every kernel calls it in every thread, before it reads what others wrote, and before it writes anything.
+__device__ __forceinline__ void grid_dependency_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Let the next kernel start, as soon as every block has called this or left: its wait still lasts until this one ends.
+__device__ __forceinline__ void grid_launch_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// ---- Loads ----
+
+// Loads of weights: read once, by one thread, never written while the kernel runs; they do not displace L1's contents.
+__device__ __forceinline__ uint4 load_streamed(const uint4 *address) {
+#ifdef __CUDA_ARCH__
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(address));
+    return v;
+#else
+    return *address;
+#endif
+}
+
+__device__ __forceinline__ uint2 load_streamed(const uint2 *address) {
+#ifdef __CUDA_ARCH__
+    uint2 v;
+    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+    return v;
+#else
+    return *address;
+#endif
+}
+
+__device__ __forceinline__ unsigned load_streamed(const unsigned *address) {
+#ifdef __CUDA_ARCH__
+    unsigned v;
+    asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(address));
+    return v;
+#else
+    return *address;
+#endif
+}
+
+// Ask for the line of `address` in L2, without waiting.
+__device__ __forceinline__ void prefetch_l2(const void *address) {
+#ifdef __CUDA_ARCH__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#else
+    (void)address;
+#endif
+}
+
+// ---- Threads ----
+
+__device__ __forceinline__ int block_threads() { return blockDim.x * blockDim.y * blockDim.z; }
+__device__ __forceinline__ int thread_rank() {
+    return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+}
+__device__ __forceinline__ int lane_index() { return thread_rank() % WARP; }
+__device__ __forceinline__ int warp_index() { return thread_rank() / WARP; }
+
+// ---- Reductions. Every thread of the warp or block calls them and gets the result; block sizes are multiples of 32. ----
+
+// Over groups of LANES neighbouring lanes, a power of two.
+template <int LANES = WARP> __device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+    for (int offset = LANES / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(FULL_WARP, value, offset);
+    return value;
+}
+
+template <int LANES = WARP> __device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+    for (int offset = LANES / 2; offset > 0; offset /= 2)
+        value = fmaxf(value, __shfl_xor_sync(FULL_WARP, value, offset));
+    return value;
+}
+
+// The largest value and where it was found, ties to the lower index.
+template <int LANES = WARP> __device__ __forceinline__ void warp_argmax(float &value, int &index) {
+#pragma unroll
+    for (int offset = LANES / 2; offset > 0; offset /= 2) {
+        const float other = __shfl_xor_sync(FULL_WARP, value, offset);
+        const int other_index = __shfl_xor_sync(FULL_WARP, index, offset);
+        if (other > value || (other == value && other_index < index)) {
+            value = other;
+            index = other_index;
+        }
+    }
+}
+
+// COUNT sums at once, for two barriers in all.
+template <int COUNT> __device__ __forceinline__ void block_sums(float (&values)[COUNT]) {
+    __shared__ float partial[COUNT][WARP];
+    const int lane = lane_index(), warp = warp_index(), warps = block_threads() / WARP;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) values[i] = warp_sum(values[i]);
+    __syncthreads(); // an earlier call's sums have been read
+    if (lane == 0) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) partial[i][warp] = values[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) values[i] = warp_sum(lane < warps ? partial[i][lane] : 0.0f);
+}
+
+__device__ __forceinline__ float block_sum(float value) {
+    float values[1] = {value};
+    block_sums(values);
+    return values[0];
+}
+
+__device__ __forceinline__ float block_max(float value) {
+    __shared__ float partial[WARP];
+    const int lane = lane_index(), warp = warp_index(), warps = block_threads() / WARP;
+    value = warp_max(value);
+    __syncthreads();
+    if (lane == 0) partial[warp] = value;
+    __syncthreads();
+    return warp_max(partial[lane < warps ? lane : 0]);
+}
+
+// ---- Numbers ----
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+
+// 32 bits as two halves, the low 16 bits first, and back.
+__device__ __forceinline__ __half2 as_half2(unsigned bits) {
+    return __halves2half2(__ushort_as_half((unsigned short)bits), __ushort_as_half((unsigned short)(bits >> 16)));
+}
+__device__ __forceinline__ unsigned as_bits(__half2 pair) {
+    return __half_as_ushort(__low2half(pair)) | (unsigned)__half_as_ushort(__high2half(pair)) << 16;
+}
+__device__ __forceinline__ float2 half_bits_to_float2(unsigned bits) { return __half22float2(as_half2(bits)); }
+__device__ __forceinline__ float bfloat16_to_float(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
+
+// An E8M0 scale, 2^(code - 127); code 255 (not a number) is never written by us.
+__device__ __forceinline__ float e8m0_to_float(unsigned char code) {
+    return __uint_as_float(code ? (unsigned)code << 23 : 0x00400000u);
+}
+
+// ---- Weights of few bits. `word` holds 8 nibbles, nibble n in bits 4n to 4n + 3, or 4 bytes, byte n in bits 8n to 8n + 7. ----
+
+// Nibbles PAIR and PAIR + 4 (PAIR = 0..3) as unsigned numbers 0 to 15, exactly: (.x, .y) = (nibble PAIR, nibble PAIR + 4).
+// Multiply with activations paired likewise: (x[0], x[4]), (x[1], x[5]), (x[2], x[6]), (x[3], x[7]).
+// Zero points are the caller's: subtract them with __hsub2, or correct by the sum of the activations.
+template <int PAIR> __device__ __forceinline__ __half2 nibbles_to_half2(unsigned word) {
+    // 0x6400 is 1024, whose last bit is worth 1: OR-ing a nibble into bits 0 to 3 adds it, into bits 4 to 7 16 times it.
+    const unsigned shifted = PAIR >= 2 ? word >> 8 : word;
+    if (PAIR % 2 == 0) return __hsub2(as_half2((shifted & 0x000f000fu) | 0x64006400u), as_half2(0x64006400u));
+    return __hfma2(as_half2((shifted & 0x00f000f0u) | 0x64006400u), as_half2(0x2c002c00u), as_half2(0xd400d400u)); // /16, -64
+}
+
+// Bytes 2 * PAIR and 2 * PAIR + 1 (PAIR = 0..1) as unsigned numbers 0 to 255, exactly, in their order.
+template <int PAIR> __device__ __forceinline__ __half2 bytes_to_half2(unsigned word) {
+    return __hsub2(as_half2(__byte_perm(word, 0x64646464u, PAIR == 0 ? 0x4140 : 0x4342)), as_half2(0x64006400u));
+}
+
+// Nibbles PAIR and PAIR + 4 as E2M1 numbers (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives), times 2^-14: that power
+// may go into the block's scale, where only fp32 is multiplied; products in fp16 would lose bits.
+template <int PAIR> __device__ __forceinline__ __half2 e2m1_to_half2_scaled(unsigned word) {
+    const unsigned shifted = word >> (4 * PAIR);
+    return as_half2((shifted & 0x00080008u) << 12 | (shifted & 0x00070007u) << 9);
+}
+
+// The same, as they are: exact.
+template <int PAIR> __device__ __forceinline__ __half2 e2m1_to_half2(unsigned word) {
+    return __hmul2(e2m1_to_half2_scaled<PAIR>(word), as_half2(0x74007400u)); // 2^14
+}

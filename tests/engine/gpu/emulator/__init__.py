@@ -4,10 +4,10 @@
     launch = Launch("project", (("BATCH", "1"), ...), grid=(132, 1, 1), block=(256, 1, 1))
     kernels.run(launch, x, None, y, weights)  # contiguous NumPy arrays, addresses (int), None for null pointers
 
-Arrays are read and written in place. `KernelFailed` is raised for barriers that not all threads reach, misaligned vector
-loads, indexes outside of shared arrays and wrong launches. With `backwards=True` blocks, warps and lanes run in reverse
-order, which makes other missing barriers visible: run each kernel both ways. What a GPU does at the same time runs one
-after another here, so a kernel whose blocks wait for each other never ends.
+Arrays are read and written in place. `KernelFailed` is raised for barriers that not all threads reach, misaligned
+vector loads, indexes outside of shared arrays and wrong launches. With `backwards=True` blocks, warps and lanes run in
+reverse order, which makes other missing barriers visible: run each kernel both ways. What a GPU does at the same time
+runs one after another here, so a kernel whose blocks wait for each other never ends.
 
 `function` and `launcher` are for ONNX Runtime's CPU provider through `lsp_agent.engine.gpu.operators`.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import platform
 import subprocess
 import sys
@@ -30,16 +29,17 @@ from lsp_agent.engine.gpu.launch import KERNELS, Launch
 from lsp_agent.paths import cache_dir
 
 FOLDER = Path(__file__).parent
-FLAGS = (
-    "-std=c++20 -O2 -shared -fPIC -g0 -fvisibility=hidden -fno-exceptions -fno-rtti -fno-strict-aliasing -nostdinc++ -nostdlib++ "
-    "-ffp-contract=off -fno-math-errno -Wall -Wno-unknown-pragmas -Wno-unused-function -Wno-pass-failed -Wno-unused-variable "
-    "-fsanitize=alignment,bounds,shift,integer-divide-by-zero -fsanitize-minimal-runtime"
-).split()
+FLAGS = [
+    *("-std=c++20", "-O2", "-shared", "-fPIC", "-g0", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
+    *("-nostdinc++", "-nostdlib++", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-math-errno"),
+    *("-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-unused-variable", "-Wno-pass-failed"),
+    *("-fsanitize=alignment,bounds,shift,integer-divide-by-zero", "-fsanitize-minimal-runtime"),
+]
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS.append("-march=x86_64_v3")  # conversions of fp16 in one instruction
 
 
-class KernelFailed(Exception):
+class KernelFailed(Exception):  # noqa: N818 - said as it is
     """A kernel that cannot be compiled, or did what a GPU does not allow."""
 
 
@@ -100,9 +100,13 @@ def _address(argument: np.ndarray | int | None) -> int | None:
 
 def compile_kernel(launch: Launch) -> Path:
     """The library of a kernel for the emulator, from the cache where it was compiled before."""
-    defines = [*launch.defines, f'-DKERNEL_SOURCE="{launch.path}"', f"-DKERNEL_NAME={launch.name}"]
-    parts = [*FLAGS, *defines]
-    for file in (*sorted(FOLDER.glob("*.*")), launch.path, *sorted(KERNELS.glob("*.cuh"))):
+    # The macros are the kernel's only: the emulator's headers come before them.
+    macros = "".join(f"#define {name} {value}\n" for name, value in launch.macros)
+    forgotten = "".join(f"#undef {name}\n" for name, _ in launch.macros)
+    source = f'#include "cuda_fp16.h"\n{macros}#include "{launch.path}"\n{forgotten}#define KERNEL_NAME {launch.name}\n'
+    source += '#include "entry.h"\n'
+    parts = [*FLAGS, source]
+    for file in (*sorted(FOLDER.glob("*.h")), launch.path, *sorted(KERNELS.glob("*.cuh"))):
         parts.append(file.read_text())
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     folder = cache_dir() / "emulated-kernels"
@@ -111,10 +115,11 @@ def compile_kernel(launch: Launch) -> Path:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = Path(scratch) / "kernel.so"
-        command = [sys.executable, "-m", "ziglang", "c++", *FLAGS, *defines, f"-I{FOLDER}", f"-I{KERNELS}"]
-        done = subprocess.run([*command, str(FOLDER / "kernel.cpp"), "-o", str(made)], capture_output=True, text=True)
+        made, generated = Path(scratch) / "kernel.so", Path(scratch) / "kernel.cpp"
+        generated.write_text(source)
+        command = [sys.executable, "-m", "ziglang", "c++", *FLAGS, f"-I{FOLDER}", f"-I{KERNELS}", str(generated)]
+        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
         if done.returncode:
             raise KernelFailed(f"{launch.name} does not compile:\n{done.stderr}")
-        os.replace(made, target)
+        made.replace(target)
     return target

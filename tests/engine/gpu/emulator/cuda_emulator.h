@@ -79,7 +79,8 @@ static int votes;
 __asm__(".text\n.local emulator_switch_stack\nemulator_switch_stack:\n"
         "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
         "movq %rsp, (%rdi)\nmovq %rsi, %rsp\n"
-        "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nretq\n");
+        "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\n"
+        "popq %rcx\njmpq *%rcx\n");
 constexpr size_t FRAME = 64, RETURN = 48;
 #elif defined(__aarch64__)
 __asm__(".text\n.local emulator_switch_stack\nemulator_switch_stack:\nsub sp, sp, #160\n"
@@ -95,10 +96,24 @@ constexpr size_t FRAME = 160, RETURN = 88;
 #endif
 extern "C" void emulator_switch_stack(void **save, void *load);
 
+static void become(int rank) {
+    current = &threads[rank];
+    current_rank = rank;
+    threadIdx = current->index;
+}
+
+// Goes on with the warp's next lane, or with the scheduler after the last.
 __attribute__((noinline)) static void leave(State state, int line) {
-    current->state = state;
-    current->line = line;
-    emulator_switch_stack(&current->stack_pointer, scheduler);
+    Thread *self = current;
+    self->state = state;
+    self->line = line;
+    const bool last = current_rank % LANES == (backwards ? 0 : LANES - 1);
+    void *next = scheduler;
+    if (!last && !error[0] && self[backwards ? -1 : 1].state == READY) {
+        become(current_rank + (backwards ? -1 : 1));
+        next = current->stack_pointer;
+    }
+    emulator_switch_stack(&self->stack_pointer, next);
 }
 
 [[noreturn]] __attribute__((noinline)) static void fail(const char *reason) {
@@ -128,9 +143,7 @@ static void start(Thread &thread, int rank) {
 }
 
 static void resume(int rank) {
-    current = &threads[rank];
-    current_rank = rank;
-    threadIdx = current->index;
+    become(rank);
     emulator_switch_stack(&scheduler, current->stack_pointer);
 }
 

@@ -1,7 +1,7 @@
-// One kernel for the emulator: compiled with the source's path as KERNEL_SOURCE and its function's name as KERNEL_NAME.
-#include "cuda_fp16.h"
+// What the library of a kernel exports; KERNEL_NAME is the kernel's function, whose source stands before.
+#pragma once
 
-#include KERNEL_SOURCE
+#include "cuda_emulator.h"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 

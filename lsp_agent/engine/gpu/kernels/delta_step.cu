@@ -1,0 +1,161 @@
+// One token of Gated DeltaNet for each sequence: causal convolution, unit length, gates, and the delta rule.
+//
+// Grid: SPLITS x VALUE_HEADS x BATCH. A block owns VALUE_SIZE / SPLITS rows of a value head's state and convolves what
+// they need: the key head's q and k again in each of its blocks, its own rows of v alone. ROW_LANES threads share a row.
+//
+// Macros: BATCH, KEY_HEADS, VALUE_HEADS, KEY_SIZE, VALUE_SIZE, CONV (the convolution's length), P_STRIDE, GATES (where
+// in p the gates of the first key head are), SPLITS, ROW_LANES, THREADS.
+
+#include "common.cuh"
+
+#define SERVED (VALUE_HEADS / KEY_HEADS)
+#define KEY_WIDTH (KEY_HEADS * KEY_SIZE)
+#define VALUE_WIDTH (VALUE_HEADS * VALUE_SIZE)
+#define CHANNELS (2 * KEY_WIDTH + VALUE_WIDTH)
+#define ROWS (VALUE_SIZE / SPLITS)
+#define VECTORS (KEY_SIZE / (4 * ROW_LANES))
+#define GROUPS (THREADS / ROW_LANES)
+#define TURNS ((ROWS + GROUPS - 1) / GROUPS)
+#define CONVOLVED (2 * KEY_SIZE + ROWS)
+#define EACH ((CONVOLVED + THREADS - 1) / THREADS)
+#define READERS (SERVED * SPLITS)
+
+__device__ __forceinline__ float dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
+
+__device__ __forceinline__ float4 blend(float decay, float4 state, float scale, float4 key) {
+    return make_float4(decay * state.x + scale * key.x, decay * state.y + scale * key.y,
+                       decay * state.z + scale * key.z, decay * state.w + scale * key.w);
+}
+
+// The channel of the convolution that is the block's `index`-th: q, k, then its rows of v.
+__device__ __forceinline__ int channel_of(int index, int key_head, int first_value) {
+    if (index < KEY_SIZE) return key_head * KEY_SIZE + index;
+    if (index < 2 * KEY_SIZE) return KEY_WIDTH + key_head * KEY_SIZE + index - KEY_SIZE;
+    return 2 * KEY_WIDTH + first_value + index - 2 * KEY_SIZE;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    delta_step(const float *p, __half *conv_ring, float *delta_ring, const int *control, float *y,
+               const float *conv_weight, const float *a, const float *dt, int *counters) {
+    const int head = blockIdx.y, sequence = blockIdx.z, key_head = head / SERVED;
+    const int lane = threadIdx.x % ROW_LANES, group = threadIdx.x / ROW_LANES;
+    const int first_value = head * VALUE_SIZE + blockIdx.x * ROWS;
+    const long long turn = control[0], next_turn = (turn + 1) % control[2];
+
+    // The rings were last written by an earlier step, so reading them need not wait for this step's other kernels.
+    const long long state_size = (long long)VALUE_WIDTH * KEY_SIZE;
+    const long long place = (long long)first_value * KEY_SIZE;
+    const float4 *past = (const float4 *)(delta_ring + (turn * BATCH + sequence) * state_size + place);
+    float4 state[TURNS][VECTORS];
+#pragma unroll
+    for (int i = 0; i < TURNS; i++) {
+        const int row = i * GROUPS + group;
+#pragma unroll
+        for (int j = 0; j < VECTORS; j++) {
+            state[i][j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (row < ROWS) state[i][j] = past[(row * VECTORS + j) * ROW_LANES + lane];
+        }
+    }
+    const __half *past_window = conv_ring + (turn * BATCH + sequence) * (CONV - 1) * CHANNELS;
+    __half window[EACH][CONV - 1];
+    float weights[EACH][CONV];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const int index = i * THREADS + threadIdx.x;
+        if (index < CONVOLVED) {
+            const int channel = channel_of(index, key_head, first_value);
+#pragma unroll
+            for (int tap = 0; tap < CONV; tap++) weights[i][tap] = conv_weight[channel * CONV + tap];
+#pragma unroll
+            for (int tap = 0; tap < CONV - 1; tap++) window[i][tap] = past_window[tap * CHANNELS + channel];
+        }
+    }
+    const float rate = a[head], offset = dt[head];
+
+    grid_dependency_wait();
+
+    const float *projected = p + (long long)sequence * P_STRIDE;
+    __shared__ __align__(16) float convolved[CONVOLVED];
+    float newest[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const int index = i * THREADS + threadIdx.x;
+        if (index < CONVOLVED) {
+            newest[i] = projected[channel_of(index, key_head, first_value)];
+            float sum = weights[i][CONV - 1] * newest[i];
+#pragma unroll
+            for (int tap = 0; tap < CONV - 1; tap++) sum += weights[i][tap] * __half2float(window[i][tap]);
+            convolved[index] = silu(sum);
+        }
+    }
+    const float *gates = projected + GATES + key_head * 2 * SERVED + head % SERVED;
+    const float step = gates[SERVED] + offset;
+    const float beta = sigmoid(gates[0]);
+    const float decay = expf(rate * (step > 20.0f ? step : log1pf(expf(step))));
+
+    __syncthreads();
+    // Whoever reads the key head's q and k last puts their windows into the ring: in place (a ring of one), a block
+    // that wrote them earlier would shift them under the others.
+    int arrived = 0;
+    int *counter = counters + sequence * KEY_HEADS + key_head;
+    if (threadIdx.x == 0) {
+        __threadfence();
+        arrived = atomicAdd(counter, 1);
+    }
+
+    float4 query[VECTORS], key[VECTORS];
+    float query_square = 0.0f, key_square = 0.0f, query_key = 0.0f;
+#pragma unroll
+    for (int j = 0; j < VECTORS; j++) {
+        query[j] = ((const float4 *)convolved)[j * ROW_LANES + lane];
+        key[j] = ((const float4 *)(convolved + KEY_SIZE))[j * ROW_LANES + lane];
+        query_square += dot(query[j], query[j]);
+        key_square += dot(key[j], key[j]);
+        query_key += dot(query[j], key[j]);
+    }
+    const float query_norm = rsqrtf(warp_sum<ROW_LANES>(query_square) + 1e-6f) * rsqrtf((float)KEY_SIZE);
+    const float key_norm = rsqrtf(warp_sum<ROW_LANES>(key_square) + 1e-6f);
+    query_key = warp_sum<ROW_LANES>(query_key) * query_norm * key_norm;
+
+    float4 *present = (float4 *)(delta_ring + (next_turn * BATCH + sequence) * state_size + place);
+#pragma unroll
+    for (int i = 0; i < TURNS; i++) {
+        float by_key = 0.0f, by_query = 0.0f;
+#pragma unroll
+        for (int j = 0; j < VECTORS; j++) {
+            by_key += dot(state[i][j], key[j]);
+            by_query += dot(state[i][j], query[j]);
+        }
+        by_key = warp_sum<ROW_LANES>(by_key) * key_norm;
+        by_query = warp_sum<ROW_LANES>(by_query) * query_norm;
+        const int row = i * GROUPS + group;
+        if (row < ROWS) {
+            const float correction = beta * (convolved[2 * KEY_SIZE + row] - decay * by_key);
+#pragma unroll
+            for (int j = 0; j < VECTORS; j++)
+                present[(row * VECTORS + j) * ROW_LANES + lane] = blend(decay, state[i][j], correction * key_norm, key[j]);
+            // S'^T q of the new state S', without another sum over its rows
+            if (lane == 0)
+                y[(long long)sequence * VALUE_WIDTH + first_value + row] = decay * by_query + correction * query_key;
+        }
+    }
+
+    __shared__ int is_last;
+    if (threadIdx.x == 0) {
+        is_last = arrived == READERS - 1;
+        if (is_last) *counter = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    __half *present_window = conv_ring + (next_turn * BATCH + sequence) * (CONV - 1) * CHANNELS;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const int index = i * THREADS + threadIdx.x;
+        if (index < CONVOLVED && (index >= 2 * KEY_SIZE || is_last)) {
+            const int channel = channel_of(index, key_head, first_value);
+#pragma unroll
+            for (int tap = 0; tap < CONV - 2; tap++) present_window[tap * CHANNELS + channel] = window[i][tap + 1];
+            present_window[(CONV - 2) * CHANNELS + channel] = __float2half(newest[i]);
+        }
+    }
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnxruntime as ort
@@ -13,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lsp_agent.engine.architecture import CONTRIB, LinearAttentionConfig
 from lsp_agent.engine.cpu_graph import L2_EPSILON
-from lsp_agent.engine.gpu.sequence_kernels import SequenceKernel, attention_step, delta_step
+from lsp_agent.engine.gpu.sequence_kernels import attention_step, delta_step
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["forwards", "backwards"])
@@ -154,3 +155,134 @@ def test_delta_step_opens_its_gates_wide(kernels: EmulatedKernels) -> None:
     kernels.run(kernel.launch, p, conv, delta, control, y, conv_weight, a, dt, np.zeros(kernel.counters, np.int32))
     np.testing.assert_allclose(y, expected[0], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(delta[1], expected[2], rtol=1e-4, atol=1e-6)
+
+
+def rotated(x: np.ndarray, cosines: np.ndarray, sines: np.ndarray) -> np.ndarray:
+    """`x` [heads, head size] with its first 2 * len(cosines) elements rotated, halves as pairs."""
+    half = len(cosines)
+    first, second = x[:, :half], x[:, half : 2 * half]
+    parts = [first * cosines - second * sines, second * cosines + first * sines, x[:, 2 * half :]]
+    return np.concatenate(parts, axis=1)
+
+
+@dataclass
+class AttentionCase:
+    """A layer and its caches; `reference` is plain softmax attention in fp64."""
+
+    heads: int
+    kv_heads: int
+    size: int
+    rotary: int
+    positions: Sequence[int]
+    gate: bool = False
+    normed: bool = False
+    capacity: int = 300
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        random = np.random.default_rng(11)
+        batch = len(self.positions)
+        self.query_width = self.heads * self.size * (2 if self.gate else 1)
+        self.stride = self.query_width + 2 * self.kv_heads * self.size + 5
+        self.p = random.normal(size=(batch, self.stride)).astype(np.float32)
+        shape = (batch, self.kv_heads, self.capacity, self.size)
+        self.key_cache, self.value_cache = (random.normal(size=shape).astype(np.float16) for _ in range(2))
+        for sequence, position in enumerate(self.positions):
+            for cache in (self.key_cache, self.value_cache):
+                cache[sequence, :, position:] = np.nan  # what no token has written yet must not be read
+        # Some keys matter more than all others: the highest score moves from stretch to stretch.
+        self.key_cache[:, :, 5::37] *= 4
+        self.norms = [random.normal(size=self.size).astype(np.float32) for _ in range(2)] if self.normed else [None] * 2
+        angles = random.uniform(0, 2 * np.pi, (self.capacity, self.rotary // 2))
+        self.cosines, self.sines = np.cos(angles).astype(np.float16), np.sin(angles).astype(np.float16)
+
+    def reference(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """y [batch, heads * head size], and both caches with the new token."""
+        keys, values = self.key_cache.copy(), self.value_cache.copy()
+        rows = []
+        for sequence, position in enumerate(self.positions):
+            p = self.p[sequence].astype(np.float64)
+            query = p[: self.query_width].reshape(self.heads, -1)[:, : self.size]
+            kv = p[self.query_width :][: 2 * self.kv_heads * self.size]
+            key, value = kv.reshape(2, self.kv_heads, self.size)
+            turned = []
+            for x, norm in zip((query, key), self.norms, strict=True):
+                if norm is not None:
+                    x = x / np.sqrt((x * x).mean(axis=1, keepdims=True) + self.epsilon) * norm
+                turned.append(rotated(x, self.cosines[position], self.sines[position]))
+            keys[sequence, :, position], values[sequence, :, position] = turned[1], value
+            group = self.heads // self.kv_heads
+            seen = slice(0, position + 1)
+            k, v = (np.repeat(c[sequence, :, seen].astype(np.float64), group, axis=0) for c in (keys, values))
+            scores = np.einsum("hd,htd->ht", turned[0], k) / math.sqrt(self.size)
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            rows.append(np.einsum("ht,htd->hd", weights / weights.sum(axis=1, keepdims=True), v).ravel())
+        return np.stack(rows), keys, values
+
+    def run(self, kernels: EmulatedKernels, **tuning: int) -> None:
+        """Run the kernel twice (the second time it finds its own token and counters) and compare."""
+        expected, keys, values = self.reference()
+        batch = len(self.positions)
+        epsilon = self.epsilon if self.normed else None
+        kernel = attention_step(
+            batch, self.heads, self.kv_heads, self.size, self.rotary, self.stride, self.gate, epsilon, **tuning
+        )
+        lengths, control = np.array(self.positions, np.int32), np.array([1, self.capacity, 3, 0], np.int32)
+        counters = np.zeros(kernel.counters, np.int32)
+        for _ in range(2):
+            y = np.full((batch, self.heads * self.size), np.nan, np.float32)
+            scratch = np.full(kernel.scratch, np.nan, np.float32)
+            constants = (*self.norms, self.cosines, self.sines, counters)
+            state = (self.key_cache, self.value_cache, lengths, control)
+            kernels.run(kernel.launch, self.p, *state, y, scratch, *constants)
+            np.testing.assert_allclose(y, expected, rtol=2e-3, atol=1e-3)
+            np.testing.assert_allclose(self.key_cache, keys, rtol=1e-3, atol=1e-6)
+            np.testing.assert_array_equal(self.value_cache, values)
+            assert not counters.any()
+
+
+ATTENTION = {
+    "first token": (AttentionCase(4, 2, 64, 64, [0]), {}),
+    "one stretch": (AttentionCase(4, 2, 64, 64, [200], normed=True), {}),
+    "gate, norms, part of a head rotated": (
+        AttentionCase(16, 2, 256, 64, [70], gate=True, normed=True, capacity=80),
+        {"splits": 4, "threads": 64, "least": 8},
+    ),
+    "a group of seven": (AttentionCase(14, 2, 64, 64, [299]), {"splits": 7, "threads": 64, "least": 32}),
+    "one query head for each key head": (AttentionCase(3, 3, 128, 128, [90]), {"splits": 5, "threads": 32, "least": 8}),
+    "a group of twelve in two parts": (
+        AttentionCase(12, 1, 128, 128, [130], normed=True),
+        {"splits": 6, "threads": 64, "least": 16},
+    ),
+    "a group in unequal parts": (AttentionCase(9, 1, 32, 16, [50]), {"splits": 2, "threads": 32, "least": 32}),
+    "a group of sixteen": (AttentionCase(16, 1, 64, 32, [65]), {"splits": 2, "threads": 64, "least": 32}),
+    "sequences of different lengths": (
+        AttentionCase(4, 2, 64, 64, [0, 31, 32, 33, 191, 192, 255], gate=True),
+        {"splits": 6, "threads": 64, "least": 32},
+    ),
+    "more results than are read at a time": (
+        AttentionCase(2, 1, 128, 128, [299], normed=True),
+        {"splits": 40, "threads": 32, "least": 8},
+    ),
+    "little heads": (AttentionCase(4, 2, 16, 16, [100]), {"splits": 3}),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_step_is_softmax_attention(name: str, kernels: EmulatedKernels) -> None:
+    case, tuning = ATTENTION[name]
+    replace(case).run(kernels, **tuning)
+
+
+@pytest.mark.parametrize("position", [*range(60, 70)])
+def test_attention_step_puts_the_new_token_anywhere_in_a_stretch(position: int, kernels: EmulatedKernels) -> None:
+    AttentionCase(2, 1, 32, 32, [position], capacity=71).run(kernels, splits=3, threads=32, least=32)
+
+
+def test_sizes_that_no_kernel_covers_are_refused() -> None:
+    with pytest.raises(ValueError, match="does not cover"):
+        attention_step(1, 4, 2, 96, 96, 1000)
+    with pytest.raises(ValueError, match="does not cover"):
+        attention_step(1, 5, 2, 64, 64, 1000)
+    with pytest.raises(ValueError, match="does not cover"):
+        delta_step(1, replace(SMALL, key_size=10), 1000)

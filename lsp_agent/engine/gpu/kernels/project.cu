@@ -1,0 +1,420 @@
+// Products of up to four matrices, the segments, with the same activations of BATCH tokens: y = W x + bias.
+//
+// An item is AT_ONCE rows of one segment. A warp takes items, its lanes 16 bytes of codes at a time (a chunk) along the
+// columns. A warp holds BUFFER chunks for each lane: the first ones are asked for before the activations are there, the next
+// ones while it computes. Products are summed in fp16 for TERMS terms, then in fp32; codes count as fractions of 1 there
+// (code / 8 or / 128), so that these sums do not overflow before activations of thousands.
+//
+// Macros: BATCH, COLUMNS, THREADS, BLOCKS (the grid), BUFFER, TERMS (4, 8 or 16), OUT_HALF, SEGMENTS; of each segment s: ROWS_s, BITS_s (4, 8,
+// or 16: floats, [COLUMNS, ROWS]), BLOCK_s, SCALE_HALF_s, ZERO_s, AT_ONCE_s; PROLOGUE, and what it needs (prologue.cuh):
+// DELTA, WRITE_NORMED, EPSILON, HEAD, P_STRIDE, Z_OFFSET.
+
+#include "common.cuh"
+#include "prologue.cuh"
+
+#if OUT_HALF
+typedef __half Out;
+#else
+typedef float Out;
+#endif
+
+struct Weights {
+    const unsigned char *codes;
+    const void *scales;
+    const unsigned char *zero_points;
+};
+
+template <int ROWS, int BITS, int BLOCK, int SCALE_HALF, int ZERO, int AT_ONCE, int FIRST_ROW, int FIRST_ITEM>
+struct Segment {
+    static constexpr int rows = ROWS, bits = BITS, block = BLOCK, at_once = AT_ONCE, first_row = FIRST_ROW;
+    static constexpr bool scale_half = SCALE_HALF, zero = ZERO;
+    static constexpr bool by_columns = BITS == 16 && ROWS > 1; // floats whose rows do not lie in a piece
+    static constexpr int values = 128 / BITS, chunks = COLUMNS / values; // of a chunk; of a row
+    static constexpr int each = (chunks + WARP - 1) / WARP;              // chunks of a row for each lane
+    static constexpr int held = BITS == 16 && ROWS > 1 ? 0 : each < BUFFER / AT_ONCE ? each : BUFFER / AT_ONCE;
+    static constexpr int tiles = by_columns ? 1 : (each + (held ? held : 1) - 1) / (held ? held : 1);
+    static constexpr bool exact = tiles * held * WARP == chunks; // no lane ever lies beyond the row
+    static constexpr int blocks = BITS == 16 ? 1 : COLUMNS / BLOCK;
+    static constexpr int scales = BITS == 16 ? 0 : values > BLOCK ? values / BLOCK : 1; // of a chunk
+    static constexpr float unit = BITS == 4 ? 8.0f : BITS == 8 ? 128.0f : 1.0f;
+    static constexpr int first_item = FIRST_ITEM, last_item = FIRST_ITEM + (ROWS + AT_ONCE - 1) / AT_ONCE;
+    static_assert(BITS == 16 || COLUMNS % BLOCK == 0, "rows are whole blocks");
+    static_assert(by_columns || COLUMNS % values == 0, "rows are whole chunks");
+    static_assert(by_columns || AT_ONCE <= BUFFER, "a warp holds a chunk of each row");
+};
+
+#define SEGMENT(s, row, item) Segment<ROWS_##s, BITS_##s, BLOCK_##s, SCALE_HALF_##s, ZERO_##s, AT_ONCE_##s, row, item>
+typedef SEGMENT(0, 0, 0) Segment0;
+#define LAST Segment0
+#if SEGMENTS > 1
+typedef SEGMENT(1, ROWS_0, Segment0::last_item) Segment1;
+#undef LAST
+#define LAST Segment1
+#endif
+#if SEGMENTS > 2
+typedef SEGMENT(2, ROWS_0 + ROWS_1, Segment1::last_item) Segment2;
+#undef LAST
+#define LAST Segment2
+#endif
+#if SEGMENTS > 3
+typedef SEGMENT(3, ROWS_0 + ROWS_1 + ROWS_2, Segment2::last_item) Segment3;
+#undef LAST
+#define LAST Segment3
+#endif
+
+constexpr int ITEMS = LAST::last_item, ALL_ROWS = LAST::first_row + LAST::rows;
+constexpr int WARPS = THREADS / WARP, STRIDE = WARPS * BLOCKS;
+
+// `call(Segment, weights)` for the segment of an item, the same for a whole warp.
+#if SEGMENTS == 1
+#define BY_SEGMENT(item, call) call(Segment0, 0)
+#elif SEGMENTS == 2
+#define BY_SEGMENT(item, call)                                                                                         \
+    if (item < Segment0::last_item) call(Segment0, 0);                                                                 \
+    else call(Segment1, 1)
+#elif SEGMENTS == 3
+#define BY_SEGMENT(item, call)                                                                                         \
+    if (item < Segment0::last_item) call(Segment0, 0);                                                                 \
+    else if (item < Segment1::last_item) call(Segment1, 1);                                                            \
+    else call(Segment2, 2)
+#else
+#define BY_SEGMENT(item, call)                                                                                         \
+    if (item < Segment0::last_item) call(Segment0, 0);                                                                 \
+    else if (item < Segment1::last_item) call(Segment1, 1);                                                            \
+    else if (item < Segment2::last_item) call(Segment2, 2);                                                            \
+    else call(Segment3, 3)
+#endif
+
+__host__ __device__ constexpr int largest(int a, int b) { return a > b ? a : b; }
+#if SEGMENTS == 1
+#define MOST(field) Segment0::field
+#elif SEGMENTS == 2
+#define MOST(field) largest(Segment0::field, Segment1::field)
+#elif SEGMENTS == 3
+#define MOST(field) largest(largest(Segment0::field, Segment1::field), Segment2::field)
+#else
+#define MOST(field) largest(largest(Segment0::field, Segment1::field), largest(Segment2::field, Segment3::field))
+#endif
+constexpr int SCALES = largest(MOST(scales), 1), MOST_ROWS = MOST(at_once), TILES = MOST(tiles);
+constexpr bool ONCE = ITEMS <= STRIDE && TILES == 1; // every warp has all of its work before the activations are there
+
+__host__ __device__ constexpr int power_of_two(int least) {
+    int power = 1;
+    while (power < least) power *= 2;
+    return power;
+}
+constexpr int SUMS = power_of_two(MOST_ROWS * BATCH);
+static_assert(SUMS <= WARP, "a lane for each sum");
+
+// What a lane has of its warp's rows and tile: chunks, and their scales and zero points as they are stored.
+struct Buffer {
+    uint4 codes[BUFFER];
+    unsigned scales[BUFFER][SCALES];
+    unsigned zero_points[BUFFER][SCALES];
+};
+
+template <class S> __device__ __forceinline__ int chunk_of(int tile, int i) {
+    return (tile * S::held + i) * WARP + threadIdx.x % WARP;
+}
+
+template <class S> __device__ __forceinline__ void load(Buffer &buffer, const Weights &weights, int item, int tile) {
+#pragma unroll
+    for (int r = 0; r < S::at_once; ++r) {
+        const int wanted = (item - S::first_item) * S::at_once + r, row = wanted < S::rows ? wanted : S::rows - 1;
+#pragma unroll
+        for (int i = 0; i < S::held; ++i) {
+            const int wanted_chunk = chunk_of<S>(tile, i), slot = r * S::held + i;
+            const int chunk = S::exact || wanted_chunk < S::chunks ? wanted_chunk : S::chunks - 1;
+            buffer.codes[slot] = load_streamed((const uint4 *)weights.codes + (long long)row * S::chunks + chunk);
+#pragma unroll
+            for (int s = 0; s < S::scales; ++s) {
+                const int block = (chunk * S::values) / S::block + s;
+                const long long index = (long long)row * S::blocks + block;
+                if (S::scale_half)
+                    buffer.scales[slot][s] = __ldg((const unsigned short *)weights.scales + index);
+                else
+                    buffer.scales[slot][s] = __ldg((const unsigned *)weights.scales + index);
+                if (S::zero && S::bits == 4) {
+                    const unsigned both = __ldg(weights.zero_points + (long long)row * ((S::blocks + 1) / 2) + block / 2);
+                    buffer.zero_points[slot][s] = both;
+                } else if (S::zero) {
+                    buffer.zero_points[slot][s] = __ldg(weights.zero_points + index);
+                }
+            }
+        }
+    }
+}
+
+// The codes of a chunk less their zero points, as fractions of 1, paired as the activations are. All steps are exact.
+template <class S>
+__device__ __forceinline__ void decode(const Buffer &buffer, int slot, int chunk, __half2 (&w)[S::values / 2]) {
+    const uint4 &codes = buffer.codes[slot];
+    const unsigned words[4] = {codes.x, codes.y, codes.z, codes.w};
+    if constexpr (S::bits == 16) {
+        // Halves in order: take the pairs apart.
+        w[0] = as_half2(__byte_perm(words[0], words[2], 0x5410));
+        w[1] = as_half2(__byte_perm(words[0], words[2], 0x7632));
+        w[2] = as_half2(__byte_perm(words[1], words[3], 0x5410));
+        w[3] = as_half2(__byte_perm(words[1], words[3], 0x7632));
+        return;
+    } else {
+        // A code in the low bits of 0x6400 (1024) is 1024 + code, four bits higher 1024 + 16 * code.
+        constexpr int COUNT = S::bits == 4 ? 8 : 4; // codes of a word
+        __half2 low = as_half2(S::bits == 4 ? 0xd808d808u : 0xc880c880u); // -(1024 + 8) / 8, -(1024 + 128) / 128
+        __half2 high = as_half2(0xc880c880u);                             // -(1024 + 16 * 8) / 128
+        const __half2 eighth = as_half2(0x30003000u), fraction = as_half2(0x20002000u); // 1 / 8, 1 / 128
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (S::zero && (i * COUNT) % S::block == 0) {
+                const int s = (i * COUNT) / S::block;
+                unsigned zero = buffer.zero_points[slot][s];
+                if (S::bits == 4) zero = zero >> ((chunk * S::values / S::block + s) % 2 * 4) & 15;
+                const __half2 least = as_half2(zero * 0x00010001u | 0x64006400u);
+                low = __hmul2(least, as_half2(S::bits == 4 ? 0xb000b000u : 0xa000a000u)); // -1 / 8, -1 / 128
+                if (S::bits == 4) high = __hmul2(as_half2(zero * 0x00100010u | 0x64006400u), as_half2(0xa000a000u));
+            }
+            if constexpr (S::bits == 4) {
+                const unsigned word = words[i], later = word >> 8;
+                w[4 * i] = __hfma2(as_half2((word & 0x000f000fu) | 0x64006400u), eighth, low);
+                w[4 * i + 1] = __hfma2(as_half2((word & 0x00f000f0u) | 0x64006400u), fraction, high);
+                w[4 * i + 2] = __hfma2(as_half2((later & 0x000f000fu) | 0x64006400u), eighth, low);
+                w[4 * i + 3] = __hfma2(as_half2((later & 0x00f000f0u) | 0x64006400u), fraction, high);
+            } else if (i % 2 == 0) {
+                const unsigned first = __byte_perm(words[i], words[i + 1], 0x5140); // bytes 0, 4, 1, 5
+                const unsigned second = __byte_perm(words[i], words[i + 1], 0x7362);
+                w[2 * i] = __hfma2(as_half2(__byte_perm(first, 0x64646464u, 0x4140)), fraction, low);
+                w[2 * i + 1] = __hfma2(as_half2(__byte_perm(first, 0x64646464u, 0x4342)), fraction, low);
+                w[2 * i + 2] = __hfma2(as_half2(__byte_perm(second, 0x64646464u, 0x4140)), fraction, low);
+                w[2 * i + 3] = __hfma2(as_half2(__byte_perm(second, 0x64646464u, 0x4342)), fraction, low);
+            }
+        }
+    }
+}
+
+template <class S> __device__ __forceinline__ float scale_of(const Buffer &buffer, int slot, int s) {
+    if (S::bits == 16) return 1.0f;
+    const unsigned bits = buffer.scales[slot][s];
+    return S::scale_half ? __half2float(__ushort_as_half((unsigned short)bits)) : __uint_as_float(bits);
+}
+
+// A chunk's products with a token's groups, TERMS of them in fp16 in each half.
+template <class S>
+__device__ __forceinline__ float dot(const Buffer &buffer, int slot, const __half2 (&w)[S::values / 2],
+                                     const uint4 (&x)[S::values / GROUP]) {
+    constexpr int CHUNK_GROUPS = S::values / GROUP, SCALED = CHUNK_GROUPS / largest(S::scales, 1);
+    float result = 0.0f;
+#pragma unroll
+    for (int s = 0; s < largest(S::scales, 1); ++s) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int g = s * SCALED; g < (s + 1) * SCALED; g += TERMS / 4) {
+            __half2 partial = __hmul2(w[4 * g], as_half2(x[g].x));
+#pragma unroll
+            for (int k = g; k < g + TERMS / 4 && k < (s + 1) * SCALED; ++k) {
+                if (k > g) partial = __hfma2(w[4 * k], as_half2(x[k].x), partial);
+                partial = __hfma2(w[4 * k + 1], as_half2(x[k].y), partial);
+                partial = __hfma2(w[4 * k + 2], as_half2(x[k].z), partial);
+                partial = __hfma2(w[4 * k + 3], as_half2(x[k].w), partial);
+            }
+            const float2 both = __half22float2(partial);
+            sum += both.x + both.y;
+        }
+        result += scale_of<S>(buffer, slot, s) * sum;
+    }
+    return result;
+}
+
+// Floats by columns: a lane takes every 32nd column of AT_ONCE neighbouring rows.
+template <class S>
+__device__ __forceinline__ void compute_by_columns(const Weights &weights, const uint4 *x, int item,
+                                                   float (&sums)[MOST_ROWS * BATCH]) {
+    const int row = (item - S::first_item) * S::at_once;
+    for (int column = threadIdx.x % WARP; column < COLUMNS; column += WARP) {
+        const unsigned short *values = (const unsigned short *)weights.codes + (long long)column * S::rows + row;
+        const int within = column % GROUP, group = column / GROUP;
+#pragma unroll
+        for (int r = 0; r < S::at_once; ++r) {
+            const float w = row + r < S::rows ? __half2float(__ushort_as_half(__ldg(values + r))) : 0.0f;
+#pragma unroll
+            for (int b = 0; b < BATCH; ++b) {
+                const unsigned short *place = (const unsigned short *)(x + b * PLACES + place_of(group));
+                sums[r * BATCH + b] += w * __half2float(__ushort_as_half(place[within % 4 * 2 + within / 4]));
+            }
+        }
+    }
+}
+
+template <class S>
+__device__ __forceinline__ void compute(const Buffer &buffer, const Weights &weights, const uint4 *x, int item, int tile,
+                                        float (&sums)[MOST_ROWS * BATCH]) {
+    if constexpr (S::by_columns) {
+        compute_by_columns<S>(weights, x, item, sums);
+        return;
+    } else {
+        constexpr int CHUNK_GROUPS = S::values / GROUP;
+#pragma unroll
+        for (int i = 0; i < S::held; ++i) {
+            const int wanted = chunk_of<S>(tile, i);
+            const bool inside = S::exact || wanted < S::chunks;
+            const int chunk = inside ? wanted : S::chunks - 1;
+            if constexpr (BATCH <= S::at_once) { // the tokens' activations in registers, the rows one by one
+                uint4 groups[BATCH][CHUNK_GROUPS];
+#pragma unroll
+                for (int b = 0; b < BATCH; ++b)
+#pragma unroll
+                    for (int g = 0; g < CHUNK_GROUPS; ++g)
+                        groups[b][g] = x[b * PLACES + place_of(chunk * CHUNK_GROUPS + g)];
+#pragma unroll
+                for (int r = 0; r < S::at_once; ++r) {
+                    __half2 w[S::values / 2];
+                    decode<S>(buffer, r * S::held + i, chunk, w);
+#pragma unroll
+                    for (int b = 0; b < BATCH; ++b) {
+                        const float product = dot<S>(buffer, r * S::held + i, w, groups[b]);
+                        sums[r * BATCH + b] += inside ? product : 0.0f;
+                    }
+                }
+            } else { // the other way round
+                __half2 w[S::at_once][S::values / 2];
+#pragma unroll
+                for (int r = 0; r < S::at_once; ++r) decode<S>(buffer, r * S::held + i, chunk, w[r]);
+#pragma unroll
+                for (int b = 0; b < BATCH; ++b) {
+                    uint4 groups[CHUNK_GROUPS];
+#pragma unroll
+                    for (int g = 0; g < CHUNK_GROUPS; ++g)
+                        groups[g] = x[b * PLACES + place_of(chunk * CHUNK_GROUPS + g)];
+#pragma unroll
+                    for (int r = 0; r < S::at_once; ++r) {
+                        const float product = dot<S>(buffer, r * S::held + i, w[r], groups);
+                        sums[r * BATCH + b] += inside ? product : 0.0f;
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Add up the lanes' sums, each of which ends in lanes of its own, and write them.
+template <class S> __device__ __forceinline__ void finish(Out *y, const float *bias, int item, const float *sums) {
+    constexpr int COUNT = S::at_once * BATCH, PADDED = power_of_two(COUNT);
+    const int lane = threadIdx.x % WARP;
+    float v[PADDED];
+#pragma unroll
+    for (int i = 0; i < PADDED; ++i) v[i] = i < COUNT ? sums[i] : 0.0f;
+    int offset = WARP / 2;
+#pragma unroll
+    for (int half = PADDED / 2; half > 0; half /= 2, offset /= 2) {
+        const bool upper = lane & offset;
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
+            const float kept = upper ? v[i + half] : v[i], given = upper ? v[i] : v[i + half];
+            v[i] = kept + __shfl_xor_sync(FULL_WARP, given, offset);
+        }
+    }
+#pragma unroll
+    for (; offset > 0; offset /= 2) v[0] += __shfl_xor_sync(FULL_WARP, v[0], offset);
+    const int index = lane / (WARP / PADDED), b = index % BATCH;
+    const int row = (item - S::first_item) * S::at_once + index / BATCH;
+    if (lane % (WARP / PADDED) == 0 && index < COUNT && row < S::rows) {
+        const int place = S::first_row + row;
+        y[(long long)b * ALL_ROWS + place] = Out(v[0] * S::unit + (bias ? bias[place] : 0.0f));
+    }
+}
+
+#define SEGMENT_PARAMETERS(s) , const unsigned char *codes_##s, const void *scales_##s, const unsigned char *zero_points_##s
+extern "C" __global__ void __launch_bounds__(THREADS)
+project(
+#if PROLOGUE == NORM
+    const uint4 *residual,
+#if DELTA
+    const uint4 *delta,
+#endif
+#elif PROLOGUE == SWIGLU
+    const float *p,
+#elif PROLOGUE == PLAIN
+    const float *y,
+#else
+    const float *y, const float *p,
+#endif
+    Out *out,
+#if PROLOGUE == NORM && DELTA
+    uint4 *sum,
+#endif
+#if PROLOGUE == NORM && WRITE_NORMED
+    uint4 *normed,
+#endif
+    const float *norm_weight SEGMENT_PARAMETERS(0)
+#if SEGMENTS > 1
+    SEGMENT_PARAMETERS(1)
+#endif
+#if SEGMENTS > 2
+    SEGMENT_PARAMETERS(2)
+#endif
+#if SEGMENTS > 3
+    SEGMENT_PARAMETERS(3)
+#endif
+    , const float *bias) {
+    DYNAMIC_SHARED(shared);
+    uint4 *const x = (uint4 *)shared;
+    const Weights weights[SEGMENTS] = {
+        {codes_0, scales_0, zero_points_0},
+#if SEGMENTS > 1
+        {codes_1, scales_1, zero_points_1},
+#endif
+#if SEGMENTS > 2
+        {codes_2, scales_2, zero_points_2},
+#endif
+#if SEGMENTS > 3
+        {codes_3, scales_3, zero_points_3},
+#endif
+    };
+    int item = blockIdx.x + BLOCKS * (threadIdx.x / WARP), tile = 0;
+    Buffer buffer;
+#define LOAD(S, s) load<S>(buffer, weights[s], item, 0)
+    if (item < ITEMS) {
+        BY_SEGMENT(item, LOAD);
+    }
+    grid_dependency_wait();
+#if PROLOGUE == NORM
+#if !DELTA
+    const uint4 *const delta = nullptr;
+    uint4 *const sum = nullptr;
+#endif
+#if !WRITE_NORMED
+    uint4 *const normed = nullptr;
+#endif
+    prepare(x, residual, delta, norm_weight, sum, normed);
+#elif PROLOGUE == SWIGLU
+    prepare(x, nullptr, p, nullptr);
+#elif PROLOGUE == PLAIN
+    prepare(x, y, nullptr, nullptr);
+#else
+    prepare(x, y, p, norm_weight);
+#endif
+    float sums[MOST_ROWS * BATCH] = {};
+    while (item < ITEMS) {
+        int next_item = item + STRIDE, next_tile = 0;
+#define COUNT_TILES(S, s) next_item = tile + 1 < S::tiles ? (next_tile = tile + 1, item) : next_item
+        if (TILES > 1) {
+            BY_SEGMENT(item, COUNT_TILES);
+        }
+        Buffer next;
+#define LOAD_NEXT(S, s) load<S>(next, weights[s], next_item, next_tile)
+        if (!ONCE && next_item < ITEMS) {
+            BY_SEGMENT(next_item, LOAD_NEXT);
+        }
+#define COMPUTE(S, s) compute<S>(buffer, weights[s], x, item, tile, sums)
+        BY_SEGMENT(item, COMPUTE);
+        if (next_tile == 0) {
+#define FINISH(S, s) finish<S>(out, bias, item, sums)
+            BY_SEGMENT(item, FINISH);
+#pragma unroll
+            for (int i = 0; i < MOST_ROWS * BATCH; ++i) sums[i] = 0.0f;
+        }
+        if (ONCE) break;
+        buffer = next;
+        item = next_item;
+        tile = next_tile;
+    }
+}

@@ -1,0 +1,209 @@
+"""Launches of the kernels that read embeddings, multiply quantised matrices with one token, and pick candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lsp_agent.engine.gpu.launch import Launch
+
+WARP = 32
+GROUP = 8
+"""Activations are handled in groups of so many columns."""
+MOST_SEGMENTS = 4
+MOST_SHARED = 96 * 1024
+"""Bytes of shared memory for activations that every GPU since compute capability 8.0 gives a block."""
+MULTIPROCESSORS = 132
+"""Of an H100; other cards lose little by a grid that was sized for it."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A matrix of `rows`, one of those that `project` multiplies with the same activations.
+
+    `bits` 4 or 8: codes in blocks of `block` columns as `MatMulNBits` takes them, with scales in fp16 (`half_scales`)
+    or fp32 and, if `zero_points`, integer zero points packed like the codes. 16: fp16 values [columns, rows].
+    """
+
+    rows: int
+    bits: Literal[4, 8, 16]
+    block: int = 32
+    half_scales: bool = False
+    zero_points: bool = False
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMS norm of `residual` (fp16 [batch, columns]), to which `delta` (the same) is added first if there is one.
+
+    Inputs: residual, and delta. Further outputs: their sum (fp16) if there is a delta, and the normed activations
+    (fp16) if `normed`.
+    """
+
+    epsilon: float
+    delta: bool = False
+    normed: bool = False
+
+
+@dataclass(frozen=True)
+class GatedNorm:
+    """`rmsnorm(y) * weight * silu(z)` per head of `head` columns, a power of two up to 256.
+
+    Inputs: y (fp32 [batch, columns]) and p (fp32 [batch, stride]), in which z begins at `offset`.
+    """
+
+    epsilon: float
+    head: int
+    stride: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Gate:
+    """`y * sigmoid(gate)`. Inputs: y (fp32 [batch, columns]) and p (fp32 [batch, stride]), which begins with each
+    head's query and gate, `head` wide each."""
+
+    head: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The activations as they are. Input: y (fp32 [batch, columns])."""
+
+
+@dataclass(frozen=True)
+class Swiglu:
+    """`silu(gate) * up`. Input: p (fp32 [batch, 2 * columns]), the gates first."""
+
+
+Prologue = Norm | GatedNorm | Gate | Plain | Swiglu
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How `project` spreads its work; every choice gives the same sums up to rounding.
+
+    A warp holds `buffer` pieces of 16 bytes for each lane, from as many rows as fit. `warps` a block at most, `blocks`
+    in the grid at most (0: as many as multiprocessors). `terms`: how many products are summed in fp16.
+    """
+
+    buffer: int = 8
+    warps: int = 16
+    blocks: int = 0
+    terms: Literal[4, 8, 16] = 8
+
+
+def project(
+    prologue: Prologue,
+    segments: Sequence[Segment],
+    columns: int,
+    batch: int,
+    out_half: bool = False,
+    tuning: Tuning | None = None,
+    multiprocessors: int = MULTIPROCESSORS,
+) -> Launch:
+    """`y = W x + bias` for all rows of 1 to 4 segments, one after another.
+
+    Inputs are the prologue's. Outputs: y [batch, rows of all segments] in fp32 (fp16 if `out_half`), then the prologue's.
+    Pointers: the norm's weight (fp32 [columns], of `GatedNorm` [head]; null for the others); of each segment codes, scales
+    and zero points (null where it has none); the bias (fp32 [rows of all segments]) or null.
+    Raises `ValueError` for what the kernel does not cover, see `supports`.
+    """
+    tuning = tuning or Tuning()
+    reason = _unsupported(prologue, segments, columns, batch)
+    if reason:
+        raise ValueError(reason)
+    at_once = [_rows_at_once(segment, columns, batch, tuning.buffer) for segment in segments]
+    items = sum(-(-segment.rows // rows) for segment, rows in zip(segments, at_once, strict=True))
+    most_blocks = tuning.blocks or multiprocessors
+    warps = min(tuning.warps, max(2, -(-items // most_blocks)))
+    blocks = min(most_blocks, -(-items // warps))
+    macros = {
+        "BATCH": batch,
+        "COLUMNS": columns,
+        "THREADS": WARP * warps,
+        "BLOCKS": blocks,
+        "BUFFER": tuning.buffer,
+        "TERMS": tuning.terms,
+        "OUT_HALF": int(out_half),
+        "SEGMENTS": len(segments),
+    }
+    for i, (segment, rows) in enumerate(zip(segments, at_once, strict=True)):
+        macros |= {
+            f"ROWS_{i}": segment.rows,
+            f"BITS_{i}": segment.bits,
+            f"BLOCK_{i}": segment.block,
+            f"SCALE_HALF_{i}": int(segment.half_scales),
+            f"ZERO_{i}": int(segment.zero_points),
+            f"AT_ONCE_{i}": rows,
+        }
+    described = {name: str(value) for name, value in macros.items()} | _prologue_macros(prologue)
+    shared = 16 * batch * (-(-columns // GROUP // 4) * 4)
+    return Launch("project", tuple(described.items()), (blocks, 1, 1), (WARP * warps, 1, 1), shared)
+
+
+def supports(prologue: Prologue, segments: Sequence[Segment], columns: int, batch: int) -> bool:
+    """Whether `project` covers this: rows of whole blocks and of whole pieces of 16 bytes, and activations of all
+    tokens that fit in shared memory."""
+    return _unsupported(prologue, segments, columns, batch) is None
+
+
+def _unsupported(prologue: Prologue, segments: Sequence[Segment], columns: int, batch: int) -> str | None:
+    if not 1 <= len(segments) <= MOST_SEGMENTS:
+        return f"{len(segments)} segments: there may be 1 to {MOST_SEGMENTS}"
+    if columns % GROUP or 2 * columns * batch > MOST_SHARED:
+        return f"{batch} x {columns} activations: columns must be a multiple of {GROUP}, all at most {MOST_SHARED} bytes"
+    for segment in segments:
+        if segment.bits == 16:
+            continue
+        if segment.block < 16 or columns % segment.block or columns * segment.bits % 128:
+            return f"rows of {columns} {segment.bits}-bit codes in blocks of {segment.block}"
+    if isinstance(prologue, GatedNorm | Gate) and (columns % prologue.head or prologue.head % GROUP):
+        return f"heads of {prologue.head} in {columns} columns"
+    if isinstance(prologue, GatedNorm) and (prologue.head & (prologue.head - 1) or prologue.head > GROUP * WARP):
+        return f"gated norms over heads of {prologue.head}: they must be a power of two up to {GROUP * WARP}"
+    return None
+
+
+def _rows_at_once(segment: Segment, columns: int, batch: int, buffer: int) -> int:
+    """Rows of a warp: a power of two, such that their pieces fill the buffer; with many tokens fewer, for registers."""
+    most = 8 if batch == 1 else 4 if batch <= 4 else 2
+    if segment.bits == 16 and segment.rows > 1:
+        return min(most, 4)
+    each = -(-columns * segment.bits // 128 // WARP)
+    rows = 1
+    while 2 * rows * each <= buffer and 2 * rows <= most and 2 * rows <= segment.rows:
+        rows *= 2
+    return rows
+
+
+def _prologue_macros(prologue: Prologue) -> dict[str, str]:
+    match prologue:
+        case Norm():
+            return {
+                "PROLOGUE": "NORM",
+                "EPSILON": _literal(prologue.epsilon),
+                "DELTA": str(int(prologue.delta)),
+                "WRITE_NORMED": str(int(prologue.normed)),
+            }
+        case GatedNorm():
+            return {
+                "PROLOGUE": "GATED_NORM",
+                "EPSILON": _literal(prologue.epsilon),
+                "HEAD": str(prologue.head),
+                "P_STRIDE": str(prologue.stride),
+                "Z_OFFSET": str(prologue.offset),
+            }
+        case Gate():
+            return {"PROLOGUE": "GATE", "HEAD": str(prologue.head), "P_STRIDE": str(prologue.stride)}
+        case Plain():
+            return {"PROLOGUE": "PLAIN"}
+        case Swiglu():
+            return {"PROLOGUE": "SWIGLU"}
+
+
+def _literal(value: float) -> str:
+    """A C++ literal of an fp32 number."""
+    return f"{value!r}f"

@@ -25,7 +25,7 @@
 #define LOWEST -1e30f // finite, so that no difference is NaN
 #define LOADS 16 // of results at a time, when a block puts the stretches together
 
-constexpr int power_of_two(int least) {
+__device__ constexpr int power_of_two(int least) {
     int power = 1;
     while (power < least) power *= 2;
     return power;

@@ -1,0 +1,395 @@
+// Operators of ONNX Runtime that launch one kernel each: Launch_<types of the outputs>, e.g. Launch_hf.
+//
+// Compiled at first use (see operators.py), without ONNX Runtime's headers, which its packages lack: the few members
+// of its tables that are needed here are declared by their place, which is part of its stable ABI.
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef _WIN32
+#define EXPORTED __declspec(dllexport)
+#else
+#define EXPORTED __attribute__((visibility("default")))
+#endif
+
+// ---- ONNX Runtime's C API, from version 17 of onnxruntime_c_api.h ----
+
+enum { API_VERSION = 17, INVALID_ARGUMENT = 2, EP_FAIL = 11 };
+enum { FLOAT = 1, INT32 = 6, INT64 = 7, FLOAT16 = 10, ANY_TYPE = 0 };
+enum { OPTIONAL = 1, VARIADIC = 2 };
+
+typedef struct Status Status;
+typedef struct Value Value;
+typedef struct KernelInfo KernelInfo;
+typedef struct Context Context;
+typedef struct Domain Domain;
+typedef struct Options Options;
+typedef struct { void *members[194]; } Api; // it has more
+typedef struct { const Api *(*get_api)(uint32_t version); const char *(*get_version)(void); } ApiBase;
+
+typedef Status *CreateStatus(int code, const char *message);
+typedef Status *CreateCustomOpDomain(const char *name, Domain **out);
+typedef Status *CustomOpDomainAdd(Domain *domain, const void *op);
+typedef Status *AddCustomOpDomain(Options *options, Domain *domain);
+typedef Status *GetTensorMutableData(Value *value, void **out);
+typedef Status *GetAttributeInt64(const KernelInfo *info, const char *name, int64_t *out);
+typedef Status *GetAttributeString(const KernelInfo *info, const char *name, char *out, size_t *size);
+typedef Status *GetAttributeArray(const KernelInfo *info, const char *name, int64_t *out, size_t *size);
+typedef Status *GetCount(const Context *context, size_t *out);
+typedef Status *GetInput(const Context *context, size_t index, const Value **out);
+typedef Status *GetOutput(Context *context, size_t index, const int64_t *dims, size_t rank, Value **out);
+typedef Status *GetComputeStream(const Context *context, void **out);
+typedef void ReleaseStatus(Status *status);
+
+#define MEMBER(api, type, place) ((type *)(api)->members[place])
+#define CREATE_STATUS(api) MEMBER(api, CreateStatus, 0)
+#define CREATE_CUSTOM_OP_DOMAIN(api) MEMBER(api, CreateCustomOpDomain, 26)
+#define CUSTOM_OP_DOMAIN_ADD(api) MEMBER(api, CustomOpDomainAdd, 27)
+#define ADD_CUSTOM_OP_DOMAIN(api) MEMBER(api, AddCustomOpDomain, 28)
+#define GET_TENSOR_MUTABLE_DATA(api) MEMBER(api, GetTensorMutableData, 51)
+#define GET_ATTRIBUTE_INT64(api) MEMBER(api, GetAttributeInt64, 86)
+#define GET_ATTRIBUTE_STRING(api) MEMBER(api, GetAttributeString, 87)
+#define GET_INPUT_COUNT(api) MEMBER(api, GetCount, 88)
+#define GET_INPUT(api) MEMBER(api, GetInput, 90)
+#define GET_OUTPUT(api) MEMBER(api, GetOutput, 91)
+#define RELEASE_STATUS(api) MEMBER(api, ReleaseStatus, 93)
+#define GET_ATTRIBUTE_ARRAY_INT64(api) MEMBER(api, GetAttributeArray, 163)
+#define GET_GPU_COMPUTE_STREAM(api) MEMBER(api, GetComputeStream, 193)
+
+// OrtCustomOp, as far as it is read from an operator of version 17.
+typedef struct CustomOp {
+    uint32_t version;
+    void *create_kernel_v1;
+    const char *(*get_name)(const struct CustomOp *op);
+    const char *(*get_execution_provider_type)(const struct CustomOp *op);
+    int (*get_input_type)(const struct CustomOp *op, size_t index);
+    size_t (*get_input_type_count)(const struct CustomOp *op);
+    int (*get_output_type)(const struct CustomOp *op, size_t index);
+    size_t (*get_output_type_count)(const struct CustomOp *op);
+    void *compute_v1;
+    void (*destroy)(void *kernel);
+    int (*get_input_characteristic)(const struct CustomOp *op, size_t index);
+    int (*get_output_characteristic)(const struct CustomOp *op, size_t index);
+    int (*get_input_memory_type)(const struct CustomOp *op, size_t index);
+    int (*get_variadic_input_min_arity)(const struct CustomOp *op);
+    int (*get_variadic_input_homogeneity)(const struct CustomOp *op);
+    int (*get_variadic_output_min_arity)(const struct CustomOp *op);
+    int (*get_variadic_output_homogeneity)(const struct CustomOp *op);
+    Status *(*create_kernel)(const struct CustomOp *op, const Api *api, const KernelInfo *info, void **kernel);
+    Status *(*compute)(void *kernel, Context *context);
+    void *infer_output_shape;
+    int (*get_start_version)(const struct CustomOp *op);
+    int (*get_end_version)(const struct CustomOp *op);
+} CustomOp;
+
+// ---- The CUDA driver's launch functions ----
+
+typedef int LaunchKernel(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                         unsigned block_y, unsigned block_z, unsigned shared, void *stream, void **arguments,
+                         void **extra);
+typedef int GetErrorString(int code, const char **text);
+
+enum { PROGRAMMATIC_STREAM_SERIALIZATION = 6 }; // of CUlaunchAttributeID
+typedef struct { int id; char padding[4]; union { int allowed; char bytes[64]; } value; } LaunchAttribute;
+typedef struct {
+    unsigned grid[3], block[3], shared;
+    void *stream;
+    LaunchAttribute *attributes;
+    unsigned attribute_count;
+} LaunchConfig;
+typedef int LaunchKernelEx(const LaunchConfig *config, void *function, void **arguments, void **extra);
+
+// ---- The operators: one for each way to type 1 to 4 outputs ----
+
+enum { TYPES = 4, MOST_OUTPUTS = 4, SIGNATURES = 4 + 16 + 64 + 256, MOST_ARGUMENTS = 256 };
+static const char TYPE_LETTERS[TYPES + 1] = "hfil";
+static const int TYPE_CODES[TYPES] = {FLOAT16, FLOAT, INT32, INT64};
+
+// Where the operators of one execution provider run, and how.
+typedef struct Launcher {
+    char provider[64];
+    LaunchKernel *launch;
+    LaunchKernelEx *launch_ex; // null: launches never overlap
+    GetErrorString *error_string;
+    const Api *api;
+    Domain *domain;
+    struct Operator *operators;
+} Launcher;
+
+typedef struct Operator {
+    CustomOp table; // first, because ONNX Runtime hands this back
+    Launcher *launcher;
+    int outputs;
+    int types[MOST_OUTPUTS];
+    char name[16];
+} Operator;
+
+static Launcher launchers[2];
+static Launcher *chosen; // by configure, for the next registration
+
+typedef struct {
+    const Launcher *launcher;
+    void *function;
+    unsigned grid[3], block[3], shared;
+    int overlap, outputs;
+    size_t pointer_count;
+    char kernel[64];
+    int64_t ranks[MOST_OUTPUTS];
+    int64_t *shapes[MOST_OUTPUTS];
+    void **pointers;
+    int64_t *storage; // of shapes and pointers
+} Kernel;
+
+static Status *failed(const Api *api, int code, const char *kernel, const char *reason) {
+    char message[512];
+    snprintf(message, sizeof message, "%s: %s", kernel, reason);
+    return CREATE_STATUS(api)(code, message);
+}
+
+// An attribute's numbers, to be freed; none where it is absent.
+static int64_t *numbers(const Api *api, const KernelInfo *info, const char *name, size_t *count) {
+    *count = 0;
+    Status *status = GET_ATTRIBUTE_ARRAY_INT64(api)(info, name, NULL, count);
+    if (status) *count = 0;
+    int64_t *values = calloc(*count + 1, sizeof *values);
+    if (status) {
+        RELEASE_STATUS(api)(status);
+    } else if (values && *count) {
+        status = GET_ATTRIBUTE_ARRAY_INT64(api)(info, name, values, count);
+        if (status) {
+            RELEASE_STATUS(api)(status);
+            *count = 0;
+        }
+    }
+    return values;
+}
+
+static int64_t number(const Api *api, const KernelInfo *info, const char *name) {
+    int64_t value = 0;
+    Status *status = GET_ATTRIBUTE_INT64(api)(info, name, &value);
+    if (!status) return value;
+    RELEASE_STATUS(api)(status);
+    return 0;
+}
+
+static int sizes_of(const Api *api, const KernelInfo *info, const char *name, unsigned sizes[3]) {
+    size_t count;
+    int64_t *values = numbers(api, info, name, &count);
+    int valid = values && count == 3;
+    for (int i = 0; valid && i < 3; ++i) {
+        valid = values[i] > 0 && values[i] <= 0x7fffffff;
+        sizes[i] = (unsigned)values[i];
+    }
+    free(values);
+    return valid;
+}
+
+static void destroy(void *kernel) {
+    free(((Kernel *)kernel)->storage);
+    free(kernel);
+}
+
+// Reads the node's attributes; returns what is wrong with them, or null.
+static const char *read_attributes(const Api *api, const KernelInfo *info, Kernel *kernel) {
+    kernel->function = (void *)(intptr_t)number(api, info, "function");
+    if (!kernel->function) return "the attribute function is missing";
+    if (!sizes_of(api, info, "grid", kernel->grid)) return "the attribute grid must be three positive numbers";
+    if (!sizes_of(api, info, "block", kernel->block)) return "the attribute block must be three positive numbers";
+    kernel->shared = (unsigned)number(api, info, "shared");
+    kernel->overlap = number(api, info, "overlap") != 0;
+
+    size_t rank_count, shape_count;
+    int64_t *ranks = numbers(api, info, "ranks", &rank_count), *shapes = numbers(api, info, "shapes", &shape_count);
+    int64_t *pointers = numbers(api, info, "pointers", &kernel->pointer_count);
+    int64_t total = 0;
+    const char *wrong = NULL;
+    if (!ranks || !shapes || !pointers) {
+        wrong = "no memory";
+    } else if (rank_count != (size_t)kernel->outputs) {
+        wrong = "the attribute ranks must have a number for each output";
+    } else if (!(kernel->storage = calloc(shape_count + kernel->pointer_count + 1, sizeof(int64_t)))) {
+        wrong = "no memory";
+    } else {
+        memcpy(kernel->storage, shapes, shape_count * sizeof(int64_t));
+        memcpy(kernel->storage + shape_count, pointers, kernel->pointer_count * sizeof(int64_t));
+        kernel->pointers = (void **)(kernel->storage + shape_count);
+        for (int i = 0; i < kernel->outputs; ++i) {
+            kernel->ranks[i] = ranks[i];
+            kernel->shapes[i] = kernel->storage + total;
+            total += ranks[i] < 0 ? (int64_t)shape_count + 1 : ranks[i];
+        }
+        if (total != (int64_t)shape_count) wrong = "the attributes shapes and ranks do not fit";
+    }
+    free(ranks);
+    free(shapes);
+    free(pointers);
+    return wrong;
+}
+
+static Status *create_kernel(const CustomOp *op, const Api *api, const KernelInfo *info, void **out) {
+    const Operator *operator= (const Operator *)op;
+    Kernel *kernel = calloc(1, sizeof *kernel);
+    if (!kernel) return CREATE_STATUS(api)(EP_FAIL, "no memory");
+    kernel->launcher = operator->launcher;
+    kernel->outputs = operator->outputs;
+    size_t size = sizeof kernel->kernel;
+    Status *status = GET_ATTRIBUTE_STRING(api)(info, "kernel", kernel->kernel, &size);
+    if (status) {
+        RELEASE_STATUS(api)(status);
+        snprintf(kernel->kernel, sizeof kernel->kernel, "%s", operator->name);
+    }
+    const char *wrong = read_attributes(api, info, kernel);
+    if (wrong) {
+        status = failed(api, INVALID_ARGUMENT, kernel->kernel, wrong);
+        destroy(kernel);
+        return status;
+    }
+    *out = kernel;
+    return NULL;
+}
+
+// Gathers the addresses of inputs, outputs and constants, in this order; an absent one is null.
+static Status *gather(const Kernel *kernel, Context *context, void **values, size_t *count) {
+    const Api *api = kernel->launcher->api;
+    size_t inputs = 0;
+    Status *status = GET_INPUT_COUNT(api)(context, &inputs);
+    if (status) return status;
+    if (inputs + kernel->outputs + kernel->pointer_count > MOST_ARGUMENTS)
+        return failed(api, INVALID_ARGUMENT, kernel->kernel, "too many arguments");
+    for (size_t i = 0; i < inputs; ++i) {
+        const Value *value = NULL;
+        values[i] = NULL;
+        if ((status = GET_INPUT(api)(context, i, &value))) return status;
+        if (value && (status = GET_TENSOR_MUTABLE_DATA(api)((Value *)value, &values[i]))) return status;
+    }
+    *count = inputs;
+    for (int i = 0; i < kernel->outputs; ++i) {
+        Value *value = NULL;
+        void **data = &values[(*count)++];
+        *data = NULL;
+        if ((status = GET_OUTPUT(api)(context, i, kernel->shapes[i], kernel->ranks[i], &value))) return status;
+        if (value && (status = GET_TENSOR_MUTABLE_DATA(api)(value, data))) return status;
+    }
+    for (size_t i = 0; i < kernel->pointer_count; ++i) values[(*count)++] = kernel->pointers[i];
+    return NULL;
+}
+
+static Status *compute(void *opaque, Context *context) {
+    const Kernel *kernel = opaque;
+    const Launcher *launcher = kernel->launcher;
+    void *values[MOST_ARGUMENTS], *arguments[MOST_ARGUMENTS + 1], *stream = NULL;
+    size_t count = 0;
+    Status *status = gather(kernel, context, values, &count);
+    if (status) return status;
+    for (size_t i = 0; i < count; ++i) arguments[i] = &values[i];
+    arguments[count] = NULL; // tells the launcher of the tests how many there are
+    if (strcmp(launcher->provider, "CPUExecutionProvider") != 0) {
+        status = GET_GPU_COMPUTE_STREAM(launcher->api)(context, &stream);
+        if (status) return status;
+    }
+    const unsigned *grid = kernel->grid, *block = kernel->block;
+    int code;
+    if (kernel->overlap && launcher->launch_ex) {
+        LaunchAttribute attribute = {PROGRAMMATIC_STREAM_SERIALIZATION, {0}, {1}};
+        LaunchConfig config = {{grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, kernel->shared, stream,
+                               &attribute, 1};
+        code = launcher->launch_ex(&config, kernel->function, arguments, NULL);
+    } else {
+        code = launcher->launch(kernel->function, grid[0], grid[1], grid[2], block[0], block[1], block[2],
+                                kernel->shared, stream, arguments, NULL);
+    }
+    if (code == 0) return NULL;
+    const char *reason = NULL;
+    if (launcher->error_string) launcher->error_string(code, &reason);
+    char message[400];
+    snprintf(message, sizeof message, "the launch failed with %d (%s)", code, reason ? reason : "no reason given");
+    return failed(launcher->api, EP_FAIL, kernel->kernel, message);
+}
+
+static const char *get_name(const CustomOp *op) { return ((const Operator *)op)->name; }
+static const char *get_provider(const CustomOp *op) { return ((const Operator *)op)->launcher->provider; }
+static int get_input_type(const CustomOp *op, size_t index) { return (void)op, (void)index, ANY_TYPE; }
+static size_t get_input_count(const CustomOp *op) { return (void)op, 1; }
+static int get_output_type(const CustomOp *op, size_t index) { return ((const Operator *)op)->types[index]; }
+static size_t get_output_count(const CustomOp *op) { return ((const Operator *)op)->outputs; }
+static int get_input_characteristic(const CustomOp *op, size_t index) { return (void)op, (void)index, VARIADIC; }
+static int get_output_characteristic(const CustomOp *op, size_t index) { return (void)op, (void)index, OPTIONAL; }
+static int get_memory_type(const CustomOp *op, size_t index) { return (void)op, (void)index, 0; }
+static int one(const CustomOp *op) { return (void)op, 1; }
+static int zero(const CustomOp *op) { return (void)op, 0; }
+static int most(const CustomOp *op) { return (void)op, 0x7fffffff; }
+
+static void describe(Operator *operator, Launcher *launcher, int outputs, int index) {
+    operator->table = (CustomOp){
+        .version = API_VERSION,
+        .get_name = get_name,
+        .get_execution_provider_type = get_provider,
+        .get_input_type = get_input_type,
+        .get_input_type_count = get_input_count,
+        .get_output_type = get_output_type,
+        .get_output_type_count = get_output_count,
+        .destroy = destroy,
+        .get_input_characteristic = get_input_characteristic,
+        .get_output_characteristic = get_output_characteristic,
+        .get_input_memory_type = get_memory_type,
+        .get_variadic_input_min_arity = one,
+        .get_variadic_input_homogeneity = zero,
+        .get_variadic_output_min_arity = one,
+        .get_variadic_output_homogeneity = zero,
+        .create_kernel = create_kernel,
+        .compute = compute,
+        .get_start_version = one,
+        .get_end_version = most,
+    };
+    operator->launcher = launcher;
+    operator->outputs = outputs;
+    char *name = operator->name + sprintf(operator->name, "Launch_");
+    for (int i = 0; i < outputs; ++i, index /= TYPES) {
+        operator->types[i] = TYPE_CODES[index % TYPES];
+        *name++ = TYPE_LETTERS[index % TYPES];
+    }
+    *name = 0;
+}
+
+// Says where and how the operators run that the next RegisterCustomOps registers. `launch` is cuLaunchKernel or has its
+// shape, `launch_ex` (or null) likewise for cuLaunchKernelEx, and `error_string` (or null) for cuGetErrorString.
+// Returns 0, or 1 for a third provider.
+EXPORTED int lsp_agent_configure(const char *provider, void *launch, void *launch_ex, void *error_string) {
+    for (int i = 0; i < 2; ++i) {
+        Launcher *launcher = &launchers[i];
+        if (launcher->provider[0] && strcmp(launcher->provider, provider) != 0) continue;
+        snprintf(launcher->provider, sizeof launcher->provider, "%s", provider);
+        launcher->launch = (LaunchKernel *)launch;
+        launcher->launch_ex = (LaunchKernelEx *)launch_ex;
+        launcher->error_string = (GetErrorString *)error_string;
+        chosen = launcher;
+        return 0;
+    }
+    return 1;
+}
+
+// What ONNX Runtime calls when the library is registered with a session's options.
+EXPORTED Status *RegisterCustomOps(Options *options, const ApiBase *base) {
+    const Api *api = base->get_api(API_VERSION);
+    if (!api) return NULL; // never: no version that this project runs on is that old
+    Launcher *launcher = chosen;
+    if (!launcher) return CREATE_STATUS(api)(INVALID_ARGUMENT, "lsp_agent_configure has not been called");
+    if (!launcher->domain) {
+        Domain *domain = NULL;
+        Status *status = CREATE_CUSTOM_OP_DOMAIN(api)("lsp_agent", &domain);
+        if (status) return status;
+        launcher->operators = calloc(SIGNATURES, sizeof *launcher->operators);
+        if (!launcher->operators) return CREATE_STATUS(api)(EP_FAIL, "no memory");
+        Operator *operator= launcher->operators;
+        for (int outputs = 1, count = TYPES; outputs <= MOST_OUTPUTS; ++outputs, count *= TYPES)
+            for (int index = 0; index < count; ++index, ++operator) {
+                describe(operator, launcher, outputs, index);
+                if ((status = CUSTOM_OP_DOMAIN_ADD(api)(domain, operator))) return status;
+            }
+        launcher->api = api;
+        launcher->domain = domain;
+    }
+    return ADD_CUSTOM_OP_DOMAIN(api)(options, launcher->domain);
+}

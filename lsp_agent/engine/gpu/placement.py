@@ -1,0 +1,45 @@
+"""Where a model's routed experts lie, and what follows from it for running."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lsp_agent.errors import ExitCode, UserError
+
+PlacementKind = Literal["resident", "hybrid", "host", "cpu"]
+PLACEMENTS: tuple[PlacementKind, ...] = get_args(PlacementKind)
+
+RESIDENT_CHUNK = 2048
+HOST_CHUNK = 8192
+"""A chunk of a prompt touches nearly all experts once: with these in main memory, longer chunks cross the bus less."""
+MOST_PROMPTS = 4
+"""Past prompts whose states are kept in GPU memory, the running one among them."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What a decoder needs to know of a plan.
+
+    `resident`: all weights in GPU memory. `hybrid`: all experts in page-locked main memory, which the GPU reads in
+    place, and of each layer `slots` in GPU memory besides. `host`: the same without any slot. `cpu`: no GPU.
+    `chunk`: tokens of a prompt that are read in one run. `prompts`: past prompts whose states are kept.
+    """
+
+    kind: PlacementKind
+    slots: int = 0
+    chunk: int = RESIDENT_CHUNK
+    prompts: int = MOST_PROMPTS
+
+
+def chunk_for(kind: PlacementKind, context: int) -> int:
+    """Tokens of a prompt to read in one run."""
+    return min(HOST_CHUNK if kind in ("host", "hybrid") else RESIDENT_CHUNK, context)
+
+
+def placement_kind(name: str) -> PlacementKind:
+    """`name` as a kind of placement; raises `UserError`."""
+    for kind in PLACEMENTS:
+        if name == kind:
+            return kind
+    raise UserError(f"There is no placement {name!r}; choose one of {', '.join(PLACEMENTS)}.", ExitCode.USAGE)

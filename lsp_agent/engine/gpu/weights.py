@@ -1,0 +1,138 @@
+"""A package's weights in memory of our own: our kernels get their addresses, ONNX Runtime's sessions share them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from gguf import GGMLQuantizationType, quants
+from onnx import ModelProto, TensorProto, helper
+
+from lsp_agent.cancel import CancelToken
+from lsp_agent.engine.decoder import EMBEDDING
+from lsp_agent.engine.gpu.expert_memory import ExpertMemory, ExpertPlacement
+from lsp_agent.engine.gpu.memory import Change, Load, Memory, Progress, Where, loaded_bytes
+from lsp_agent.engine.graph import IR_VERSION, OPSET
+from lsp_agent.engine.package import Extent, Linear, LinearPart, Package, Rows
+
+EMBEDDING_TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+"""How the embedding kernel calls the types that it reads; tables of others become fp16."""
+_DEQUANTISED_ROWS = 4096
+
+
+class DeviceWeights:
+    """Loads every weight of a package once; nothing is shared between weights, even if the package shares it on disk.
+
+    Weights are found by the names that `CudaGraph` gives its initialisers: `blk.0.attn_qkv.1.codes`, `.scales` (fp16)
+    and `.zero_points` of the second part of a linear, `blk.0.ffn_gate_inp.0` of a part that is dense (fp16 [columns,
+    rows]), `blk.0.attn_norm` of a vector (fp32), `blk.0.experts_down.codes` of the experts.
+    """
+
+    def __init__(
+        self,
+        package: Package,
+        memory: Memory,
+        placement: ExpertPlacement | None = None,
+        on_progress: Progress | None = None,
+        cancel: CancelToken | None = None,
+    ) -> None:
+        """Allocates and loads; raises `UserError` when memory is too small and `Cancelled`."""
+        self._memory = memory
+        self._addresses: dict[str, int] = {}
+        self._shared: set[str] = set()
+        self._loads: list[Load] = []
+        for name, weight in package.weights.items():
+            if isinstance(weight, Extent):
+                self._add(name, package.array(weight))
+            elif isinstance(weight, Linear):
+                for index, part in enumerate(weight.parts):
+                    self._add_part(package, f"{name}.{index}", part)
+        self._embedding = self._add_embedding(package)
+        self.experts = ExpertMemory(package, memory, placement or ExpertPlacement())
+        self._addresses |= {name: tensor.address for name, tensor in self.experts.tensors.items()}
+        self._shared |= self.experts.tensors.keys()
+        memory.load([*self._loads, *self.experts.loads], on_progress, cancel)
+        self._loads = self.experts.loads = []
+
+    def _add(self, name: str, source: np.ndarray, where: Where = "device", halve: bool = False) -> None:
+        change: Change = "half" if halve and source.dtype == np.float32 else "copy"
+        address = self._addresses[name] = self._memory.allocate(loaded_bytes(source, change), where)
+        self._loads.append(Load(source, address, change))
+
+    def _add_part(self, package: Package, name: str, part: LinearPart) -> None:
+        if part.values is not None:
+            self._add(name, package.array(part.values), halve=True)
+            self._shared.add(name)
+        for field, extent in part.extents().items():
+            if field in ("codes", "scales", "zero_points"):
+                self._add(f"{name}.{field}", package.array(extent), halve=True)
+                self._shared.add(f"{name}.{field}")
+
+    def _add_embedding(self, package: Package) -> tuple[int, str]:
+        rows = package.weights[EMBEDDING]
+        assert isinstance(rows, Rows)
+        table = package.array(rows.blocks)
+        if rows.type in EMBEDDING_TYPES:
+            self._add(EMBEDDING, table, "host")
+            return self._addresses[EMBEDDING], EMBEDDING_TYPES[rows.type]
+        kind = GGMLQuantizationType[rows.type]
+        pieces = (table[start : start + _DEQUANTISED_ROWS] for start in range(0, len(table), _DEQUANTISED_ROWS))
+        self._add(EMBEDDING, np.concatenate([quants.dequantize(p, kind).astype(np.float16) for p in pieces]), "host")
+        return self._addresses[EMBEDDING], "f16"
+
+    def address(self, name: str) -> int:
+        """Of a weight's array; see the class for its name."""
+        return self._addresses[name]
+
+    def constant(self, name: str, values: np.ndarray) -> int:
+        """Of an array that is made at load, kept once for each name, which is no weight's."""
+        if name not in self._addresses:
+            values = np.ascontiguousarray(values)
+            self._addresses[name] = self._memory.allocate(values.nbytes)
+            self._memory.load([Load(values, self._addresses[name])])
+        return self._addresses[name]
+
+    def expert_table(self, gate_up: str, down: str) -> int:
+        """See `ExpertMemory.table`."""
+        return self.experts.table(gate_up, down)
+
+    def embedding(self) -> tuple[int, str]:
+        """Of the embedding's rows in page-locked memory, and their type: f16, bf16 or f32."""
+        return self._embedding
+
+    def share(self, model: ModelProto, options: ort.SessionOptions, device: str) -> list[Any]:
+        """Let a session read every matrix and all experts that `model` names from here, not from the file.
+
+        `device` is cpu or cuda. Returns what must live as long as the session."""
+        values = []
+        for tensor in model.graph.initializer:
+            if tensor.name in self._shared:
+                value = borrowed(self._addresses[tensor.name], tensor.dims, tensor.data_type, device)
+                options.add_initializer(tensor.name, value)
+                values.append(value)
+        return values
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._memory.close()
+
+
+_lender: ort.InferenceSession | None = None
+
+
+def borrowed(address: int, shape: Any, kind: int, device: str) -> ort.OrtValue:
+    """An `OrtValue` of ONNX type `kind` over memory that ONNX Runtime neither owns nor copies.
+
+    Of ONNX Runtime's ways to make one, only a binding takes an address and any type; the session that it belongs to is
+    never run.
+    """
+    global _lender
+    if _lender is None:
+        x, y = (helper.make_tensor_value_info(name, TensorProto.UINT8, ["n"]) for name in "xy")
+        graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "lender", [x], [y])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+        _lender = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    binding = _lender.io_binding()
+    binding.bind_output("y", device, 0, kind, list(shape), address)
+    return binding.get_outputs()[0]

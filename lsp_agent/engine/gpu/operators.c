@@ -103,7 +103,7 @@ typedef int LaunchKernelEx(const LaunchConfig *config, void *function, void **ar
 
 // ---- The operators: one for each way to type 1 to 4 outputs ----
 
-enum { TYPES = 4, MOST_OUTPUTS = 4, SIGNATURES = 4 + 16 + 64 + 256, MOST_ARGUMENTS = 256 };
+enum { TYPES = 4, MOST_OUTPUTS = 4, SIGNATURES = 4 + 16 + 64 + 256, MOST_ARGUMENTS = 256, MOST_ABSENT = 63 };
 static const char TYPE_LETTERS[TYPES + 1] = "hfil";
 static const int TYPE_CODES[TYPES] = {FLOAT16, FLOAT, INT32, INT64};
 
@@ -135,6 +135,7 @@ typedef struct {
     unsigned grid[3], block[3], shared;
     int overlap, outputs;
     size_t pointer_count;
+    uint64_t absent; // a bit for each input that is a null pointer; ONNX Runtime's variadic inputs are all there
     char kernel[64];
     int64_t ranks[MOST_OUTPUTS];
     int64_t *shapes[MOST_OUTPUTS];
@@ -199,6 +200,7 @@ static const char *read_attributes(const Api *api, const KernelInfo *info, Kerne
     if (!sizes_of(api, info, "block", kernel->block)) return "the attribute block must be three positive numbers";
     kernel->shared = (unsigned)number(api, info, "shared");
     kernel->overlap = number(api, info, "overlap") != 0;
+    kernel->absent = (uint64_t)number(api, info, "absent");
 
     size_t rank_count, shape_count;
     int64_t *ranks = numbers(api, info, "ranks", &rank_count), *shapes = numbers(api, info, "shapes", &shape_count);
@@ -256,15 +258,15 @@ static Status *gather(const Kernel *kernel, Context *context, void **values, siz
     size_t inputs = 0;
     Status *status = GET_INPUT_COUNT(api)(context, &inputs);
     if (status) return status;
-    if (inputs + kernel->outputs + kernel->pointer_count > MOST_ARGUMENTS)
+    if (inputs + MOST_ABSENT + kernel->outputs + kernel->pointer_count > MOST_ARGUMENTS)
         return failed(api, INVALID_ARGUMENT, kernel->kernel, "too many arguments");
-    for (size_t i = 0; i < inputs; ++i) {
+    for (size_t i = 0; i < inputs || (*count < MOST_ABSENT && kernel->absent >> *count); ++*count) {
+        values[*count] = NULL;
+        if (*count < MOST_ABSENT && kernel->absent >> *count & 1) continue;
         const Value *value = NULL;
-        values[i] = NULL;
-        if ((status = GET_INPUT(api)(context, i, &value))) return status;
-        if (value && (status = GET_TENSOR_MUTABLE_DATA(api)((Value *)value, &values[i]))) return status;
+        if ((status = GET_INPUT(api)(context, i++, &value))) return status;
+        if ((status = GET_TENSOR_MUTABLE_DATA(api)((Value *)value, &values[*count]))) return status;
     }
-    *count = inputs;
     for (int i = 0; i < kernel->outputs; ++i) {
         Value *value = NULL;
         void **data = &values[(*count)++];

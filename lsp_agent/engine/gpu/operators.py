@@ -74,8 +74,8 @@ def launch_node(
 ) -> NodeProto:
     """A node that starts `launch`, whose kernel is `function`, with the addresses of inputs, outputs and `pointers`.
 
-    `inputs`: names, at least one; an empty one is a null pointer. `overlap`: start while the kernel before it still
-    runs (programmatic dependent launch: the kernel must wait itself for what it reads).
+    `inputs`: names, at least one that is not empty; an empty one is a null pointer. `overlap`: start while the kernel
+    before it still runs (programmatic dependent launch: the kernel must wait itself for what it reads).
     """
     attributes: dict[str, Any] = {
         "kernel": launch.name,
@@ -85,13 +85,18 @@ def launch_node(
         "shared": launch.shared,
         "ranks": [len(shape) for _, _, shape in outputs],
         "overlap": int(overlap),
+        "absent": sum(1 << index for index, name in enumerate(inputs) if not name),
     }
     # ONNX cannot type an empty list.
     shapes = [size for _, _, shape in outputs for size in shape]
     attributes |= {name: values for name, values in (("shapes", shapes), ("pointers", list(pointers))) if values}
     signature = "".join(kind for _, kind, _ in outputs)
     return helper.make_node(
-        f"Launch_{signature}", list(inputs), [name for name, _, _ in outputs], domain=DOMAIN, **attributes
+        f"Launch_{signature}",
+        [name for name in inputs if name],
+        [name for name, _, _ in outputs],
+        domain=DOMAIN,
+        **attributes,
     )
 
 

@@ -5,9 +5,9 @@
     kernels.run(launch, x, None, y, weights)  # contiguous NumPy arrays, addresses (int), None for null pointers
 
 Arrays are read and written in place. `KernelFailed` is raised for barriers that not all threads reach, misaligned
-vector loads, indexes outside of shared arrays and wrong launches. With `backwards=True` blocks, warps and lanes run in
-reverse order, which makes other missing barriers visible: run each kernel both ways. What a GPU does at the same time
-runs one after another here, so a kernel whose blocks wait for each other never ends.
+vector loads, indexes outside of shared arrays, addresses without memory and wrong launches. With `backwards=True`
+blocks, warps and lanes run in reverse order, which makes other missing barriers visible: run each kernel both ways.
+What a GPU does at the same time runs one after another here, so a kernel whose blocks wait for each other never ends.
 
 `function` and `launcher` are for ONNX Runtime's CPU provider through `lsp_agent.engine.gpu.operators`.
 """
@@ -53,11 +53,8 @@ class EmulatedKernels:
     def run(self, launch: Launch, *arguments: np.ndarray | int | None) -> None:
         """Run `launch` with its kernel's pointers: inputs, outputs and constants, in the kernel's order."""
         library = self._library(launch)
-        arity = library.emulated_arity()
-        if arity != len(arguments):
-            raise KernelFailed(f"{launch.name} has {arity} arguments, not {len(arguments)}")
         values = (ctypes.c_void_p * len(arguments))(*map(_address, arguments))
-        pointers = (ctypes.c_void_p * len(arguments))()
+        pointers = (ctypes.c_void_p * (len(arguments) + 1))()  # the last stays null
         for i in range(len(arguments)):
             pointers[i] = ctypes.addressof(values) + 8 * i
         geometry = (ctypes.c_uint * 6)(*launch.grid, *launch.block)

@@ -1,11 +1,12 @@
 // Runs a CUDA kernel on the CPU: the threads of a block are fibers of one thread, the blocks run one after another.
 //
 // A fiber runs until it waits for its warp or block; when all have come, all go on. A barrier that some threads do not
-// reach, or that they reach in different lines, ends the launch with an error, as do misaligned vector loads and
-// indexes outside of shared arrays. Shared memory is filled with NaNs before each block.
+// reach, or that they reach in different lines, ends the launch with an error, as do misaligned vector loads,
+// indexes outside of shared arrays, and addresses without memory. Shared memory is filled with NaNs before each block.
 #pragma once
 
 #include <math.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -200,6 +201,22 @@ static bool run_block(int count) {
     }
 }
 
+static const int SIGNALS[] = {SIGSEGV, SIGBUS};
+
+// The thread that did it is left where it is; SA_NODEFER lets the next one be caught, though this never returns.
+static void address_fault(int) { fail("an address without memory is read or written"); }
+
+static bool run_blocks(uint3 grid, int count, size_t shared) {
+    const uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z;
+    for (uint64_t i = 0; i < blocks; ++i) {
+        const uint64_t rank = backwards ? blocks - 1 - i : i;
+        blockIdx = {(unsigned)(rank % grid.x), (unsigned)(rank / grid.x % grid.y), (unsigned)(rank / grid.x / grid.y)};
+        memset(dynamic_shared, 0xff, shared);
+        if (!run_block(count)) return false;
+    }
+    return true;
+}
+
 static int run(uint3 grid, uint3 block, size_t shared) {
     error[0] = 0;
     const int count = block.x * block.y * block.z;
@@ -221,14 +238,13 @@ static int run(uint3 grid, uint3 block, size_t shared) {
     blockDim = block;
     for (int i = 0; i < count; ++i)
         threads[i].index = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
-    const uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z;
-    for (uint64_t i = 0; i < blocks; ++i) {
-        const uint64_t rank = backwards ? blocks - 1 - i : i;
-        blockIdx = {(unsigned)(rank % grid.x), (unsigned)(rank / grid.x % grid.y), (unsigned)(rank / grid.x / grid.y)};
-        memset(dynamic_shared, 0xff, shared);
-        if (!run_block(count)) return 1;
-    }
-    return 0;
+    struct sigaction before[2], handler = {};
+    handler.sa_handler = address_fault;
+    handler.sa_flags = SA_NODEFER;
+    for (int i = 0; i < 2; ++i) sigaction(SIGNALS[i], &handler, &before[i]);
+    const bool done = run_blocks(grid, count, shared);
+    for (int i = 0; i < 2; ++i) sigaction(SIGNALS[i], &before[i], nullptr);
+    return !done;
 }
 
 template <class T> T *slot(int parity, int lane) {

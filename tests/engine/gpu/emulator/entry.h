@@ -18,11 +18,17 @@ EXPORTED void emulated_backwards(int on) { emulator::backwards = on; }
 EXPORTED const char *emulated_function(const unsigned *geometry, size_t shared, void **arguments) {
     emulator::body = call_kernel;
     emulator::arguments = arguments;
+    int count = 0;
+    while (arguments[count]) ++count;
+    if (count != emulated_arity()) {
+        snprintf(emulator::error, sizeof emulator::error, "it has %d arguments, not %d", emulated_arity(), count);
+        return emulator::error;
+    }
     const uint3 grid = {geometry[0], geometry[1], geometry[2]}, block = {geometry[3], geometry[4], geometry[5]};
     return emulator::run(grid, block, shared) ? emulator::error : nullptr;
 }
 
-// As cuLaunchKernel, of any kernel's `emulated_function`.
+// As cuLaunchKernel, of any kernel's `emulated_function`; the list of arguments ends with a null.
 EXPORTED int emulated_launch(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                              unsigned block_y, unsigned block_z, unsigned shared, void *, void **arguments, void **) {
     const unsigned geometry[] = {grid_x, grid_y, grid_z, block_x, block_y, block_z};

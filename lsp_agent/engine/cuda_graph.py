@@ -136,8 +136,8 @@ class CudaGraph(GraphBuilder):
             return self.op("QMoE", [*inputs, *[""] * 8, *ones], quant_type="fp4", **attributes)
         if form.asymmetric:
             inputs += [*[""] * 4, *zero_points]
-        # The codes are in rows, as in the package: the provider packs them when it loads.
-        return self.op("QMoE", inputs, weights_prepacked=0, **attributes)
+        # `ExpertMemory` packs the codes when it loads them, so that they need not be the session's own.
+        return self.op("QMoE", inputs, weights_prepacked=1, **attributes)
 
     def _dense_experts(self, name: str, experts: Experts) -> str:
         part, shape = experts.part, (experts.count, experts.part.rows // experts.count, experts.columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -49,6 +50,9 @@ class Device(Protocol):
     def address(self, array: Array) -> int:
         """Where a contiguous array begins."""
 
+    def captured(self, session: ort.InferenceSession, binding: ort.IOBinding) -> Callable[[], None]:
+        """A function that repeats a run with the same addresses, as cheaply as the device can, without waiting."""
+
     def finish(self, binding: ort.IOBinding) -> None:
         """Wait until a run's outputs are there."""
 
@@ -91,6 +95,10 @@ class CpuDevice:
     def address(self, array: Array) -> int:
         """See `Device.address`."""
         return int(array.ctypes.data)
+
+    def captured(self, session: ort.InferenceSession, binding: ort.IOBinding) -> Callable[[], None]:
+        """See `Device.captured`."""
+        return lambda: session.run_with_iobinding(binding)
 
     def finish(self, binding: ort.IOBinding) -> None:
         """See `Device.finish`: runs return when they are done."""
@@ -145,6 +153,27 @@ class CudaDevice:
     def address(self, array: Array) -> int:
         """See `Device.address`."""
         return int(array.data.ptr)
+
+    def borrow(self, address: int, shape: tuple[int, ...], dtype: str) -> Array:
+        """An array over memory that the GPU reads at `address` and that is not its own."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        memory = self._cupy.cuda.UnownedMemory(address, size, self)
+        return self._cupy.ndarray(shape, dtype, self._cupy.cuda.MemoryPointer(memory, 0))
+
+    def captured(self, session: ort.InferenceSession, binding: ort.IOBinding) -> Callable[[], None]:
+        """See `Device.captured`: a CUDA graph, which is ours and goes with the function."""
+        options = ort.RunOptions()
+        # Waiting for the GPU cannot be captured, and whoever reads a result waits for it anyway.
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        session.run_with_iobinding(binding, options)  # allocates, which cannot be captured either
+        with self._stream:
+            self._stream.begin_capture()
+            try:
+                session.run_with_iobinding(binding, options)
+            finally:
+                graph = self._stream.end_capture()
+        stream = self._stream
+        return lambda: graph.launch(stream)
 
     def finish(self, binding: ort.IOBinding) -> None:
         """See `Device.finish`."""

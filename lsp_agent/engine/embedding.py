@@ -18,6 +18,7 @@ class Embedding:
         self._type = GGMLQuantizationType[weight.type]
 
     def __call__(self, ids: np.ndarray) -> np.ndarray:
-        """fp32 rows [ids, hidden] of int64 ids [ids]."""
-        raw = self._table[ids]
-        return np.ascontiguousarray(quants.dequantize(raw, self._type), np.float32)
+        """fp32 rows [..., hidden] of int64 ids [...]."""
+        raw = self._table[ids.reshape(-1)]
+        rows = np.ascontiguousarray(quants.dequantize(raw, self._type), np.float32)
+        return rows.reshape(*ids.shape, -1)

@@ -156,7 +156,9 @@ class GraphBuilder(ABC):
 
     def vector(self, name: str) -> str:
         """A weight of kind `vector` as a constant of the activations' type."""
-        return self.constant(name, self.values(name).astype(self.element, copy=False))
+        # Its own name is that of the fp32 values, where weights are shared between sessions.
+        known = name if self.element == "float32" else f"{name}.{self.element}"
+        return self.constant(known, self.values(name).astype(self.element, copy=False))
 
     def linear(self, x: str, name: str) -> str:
         """`x` [..., columns] times the transpose of the weight `name`; parts of different formats are concatenated."""

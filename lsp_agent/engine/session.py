@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.engine.architectures import architecture
-from lsp_agent.engine.captured import NOT_CAPTURED, CapturedSteps, run_options
 from lsp_agent.engine.cpu_graph import CpuGraph
-from lsp_agent.engine.cuda_graph import CudaGraph
 from lsp_agent.engine.decoder import EMBEDDING, build_decoder
-from lsp_agent.engine.device import CpuDevice, Device, bind_input, bind_output
+from lsp_agent.engine.device import Array, CpuDevice, CudaDevice, Device, bind_input, bind_output
 from lsp_agent.engine.embedding import Embedding
-from lsp_agent.engine.graph import Accuracy, GraphBuilder
+from lsp_agent.engine.graph import Accuracy
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.prepacked import Progress, page_experts_in, read_in_huge_pages
 from lsp_agent.engine.sampling import HostLogits, Logits
 from lsp_agent.engine.state import State
 from lsp_agent.errors import Cancelled, UserError
+
+if TYPE_CHECKING:
+    from lsp_agent.engine.gpu.placement import Placement
+    from lsp_agent.engine.gpu.runtime import GpuRuntime
 
 CANCEL_POLL_S = 0.05
 
@@ -37,48 +40,63 @@ class Decoder:
         accuracy: Accuracy,
         device: Device | None = None,
         on_progress: Progress | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.config = package.config
         self.device: Device = device or CpuDevice()
-        self._embed = Embedding(package, EMBEDDING)
-        graph = self._graph(package, context, accuracy)
-        build_decoder(architecture(self.config.architecture), self.config, graph)
-        self.states = graph.states
-        self._element = np.dtype(graph.element)
-        self._shared_memory = graph.in_memory  # the session reads it without owning it
-        options = graph.session_options(threads)
-        model = graph.model()
-        paged = None
-        if self.device.name == "cpu" and accuracy == "fast":
-            paged = page_experts_in(model, package.path, on_progress)
-        captures = self.device.name == "cuda"
+        self._gpu: GpuRuntime | None = None
+        self._keep: object = None  # what the session reads without owning it
+        gpu = self.device
+        if isinstance(gpu, CudaDevice):
+            if accuracy == "exact":
+                raise UserError("Exact arithmetic is only possible on the CPU; leave the accuracy or the device out.")
+            self._open(package, lambda: self._open_gpu(package, gpu, context, threads, placement, on_progress))
+        else:
+            self._open(package, lambda: self._open_cpu(package, context, threads, accuracy, on_progress))
+
+    def _open(self, package: Package, load: Callable[[], None]) -> None:
         try:
-            self._session = ort.InferenceSession(
-                model.SerializeToString(),
-                options,
-                providers=self.device.providers({"enable_cuda_graph": "1"} if captures else {}),
-            )
+            load()
+        except (UserError, Cancelled):
+            raise
         except Exception as error:  # ORT raises its own untyped errors
-            if captures and "out of memory" in str(error):
+            if self.device.name == "cuda" and "out of memory" in str(error):
                 message = f"The GPU has too little free memory for {package.path}; free some, or use the CPU."
                 raise UserError(message) from error
             raise UserError(
                 f"ONNX Runtime cannot load {package.path} ({error}); remove it with `lsp-agent model rm` and install "
                 "it again."
             ) from error
+
+    def _open_cpu(
+        self, package: Package, context: int, threads: int, accuracy: Accuracy, on_progress: Progress | None
+    ) -> None:
+        graph = CpuGraph(package, context, accuracy)
+        build_decoder(architecture(self.config.architecture), self.config, graph)
+        self.states = graph.states
+        self._embed: Callable[[np.ndarray], Array] = Embedding(package, EMBEDDING)
+        self._element = np.dtype(graph.element)
+        self._keep = graph.in_memory
+        options, model = graph.session_options(threads), graph.model()
+        paged = page_experts_in(model, package.path, on_progress) if accuracy == "fast" else None
+        self._session = ort.InferenceSession(model.SerializeToString(), options, providers=self.device.providers({}))
         if paged:
             read_in_huge_pages(paged)
-        self._captured: CapturedSteps | None = None
-        if captures:
-            self._shared_memory = {}  # the device has its copy
-            self._captured = CapturedSteps(self._session, self.device, self.config, self._element)
 
-    def _graph(self, package: Package, context: int, accuracy: Accuracy) -> GraphBuilder:
-        if self.device.name == "cpu":
-            return CpuGraph(package, context, accuracy)
-        if accuracy == "exact":
-            raise UserError("Exact arithmetic is only possible on the CPU; leave the accuracy or the device out.")
-        return CudaGraph(package, context)
+    def _open_gpu(
+        self,
+        package: Package,
+        device: CudaDevice,
+        context: int,
+        threads: int,
+        placement: Placement | None,
+        on_progress: Progress | None,
+    ) -> None:
+        from lsp_agent.engine.gpu.runtime import GpuRuntime
+
+        self._gpu = GpuRuntime(package, device, context, threads, placement, on_progress)
+        self.states, self._session, self._embed = self._gpu.states, self._gpu.session, self._gpu.embed
+        self._element = np.dtype(self._gpu.element)
 
     @property
     def prefill_chunk(self) -> int:
@@ -101,29 +119,24 @@ class Decoder:
         Raises `Cancelled` within a few operators of `cancel`; the state is then as before.
         """
         batch, length = ids.shape
-        embeddings = self._embed(ids.reshape(-1)).reshape(batch, length, -1).astype(self._element, copy=False)
-        if self._captured is not None and not state.transient and ids.shape == (1, 1) and len(rows) == 1:
-            logits = self._captured.run(embeddings, state)
-            state.commit()
-            return logits.astype(np.float32)
         total = state.length + length
         wanted = len(rows)
-        if self._captured is not None and not wanted:
+        if self._gpu and not wanted:
             rows = [0]  # an output without elements has no address on the GPU
         binding = state.binding(self._session)
         device = self.device
-        inputs = {  # the binding borrows these arrays, so they must outlive the run
-            "embeddings": embeddings,
+        inputs: dict[str, np.ndarray] = {  # the binding borrows these arrays, so they must outlive the run
             "lengths": np.full(batch, total - 1, np.int32),
             "rows": np.asarray(rows, np.int64),
         }
-        borrowed = {name: device.array(values) for name, values in inputs.items()}
+        borrowed: dict[str, Array] = {name: device.array(values) for name, values in inputs.items()}
+        borrowed["embeddings"] = self._embed(ids)
         for name, array in borrowed.items():
             bind_input(device, binding, name, array)
         binding.bind_cpu_input("total_length", np.array([total], np.int32))  # the kernels read it on the host
         logits = device.zeros((1, len(rows), self.config.vocabulary), self._element.name)
         bind_output(device, binding, "logits", logits)
-        options = run_options(NOT_CAPTURED) if self._captured else ort.RunOptions()
+        options = ort.RunOptions()
         done = threading.Event()
         watcher = _terminate_on_cancel(options, cancel, done) if cancel is not None and length > 1 else None
         try:
@@ -142,6 +155,9 @@ class Decoder:
 
     def step(self, tokens: Sequence[int], state: State) -> list[Logits]:
         """Append one token to each sequence of `state`; returns what each says next. See `run`."""
+        steps = self._gpu.steps if self._gpu else None
+        if steps is not None and len(tokens) <= steps.most:
+            return steps.run(tokens, state)
         logits = self.run(np.array(tokens, np.int64)[:, None], state, range(len(tokens)))
         return [HostLogits(row) for row in logits]
 

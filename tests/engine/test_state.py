@@ -249,19 +249,3 @@ def test_only_states_that_can_drop_guesses_are_drafted_on(hf_package, name):
         assert (generation.timings.drafted_tokens > 0) == (drafting and name == ATTENTION)
         engine._prefixes.clear()
     assert answers[0] == answers[1]
-
-
-def test_steps_of_a_state_that_passes_are_not_captured(hf_package, monkeypatch):
-    """A captured step is never given back, so one of each request with several answers would fill the GPU."""
-
-    class Captured:
-        def run(self, embeddings, state):
-            raise LookupError("captured")
-
-    decoder = Engine.load(hf_package(HYBRID), threads=1, accuracy="exact")._decoder
-    monkeypatch.setattr(decoder, "_captured", Captured())
-    step, lasting, batch = np.array([[7]]), decoder.new_state(32), decoder.new_state(32, 2)
-    with pytest.raises(LookupError):
-        decoder.run(step, lasting, [0])
-    batch.keep([1])
-    assert decoder.run(step, batch, [0]).shape == (1, decoder.config.vocabulary)

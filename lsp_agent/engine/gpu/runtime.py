@@ -1,0 +1,75 @@
+"""A package on the GPU: its weights in memory of our own, a session that reads prompts, and one for each size of step."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import onnxruntime as ort
+
+from lsp_agent.engine.architectures import architecture
+from lsp_agent.engine.cuda_graph import CudaGraph
+from lsp_agent.engine.decoder import build_decoder
+from lsp_agent.engine.device import Array, CudaDevice
+from lsp_agent.engine.gpu.compiler import CudaCompiler
+from lsp_agent.engine.gpu.expert_memory import ExpertPlacement
+from lsp_agent.engine.gpu.memory import CudaMemory, Progress
+from lsp_agent.engine.gpu.operators import cuda_launcher, register
+from lsp_agent.engine.gpu.step_graph import NoKernel, StepGraph
+from lsp_agent.engine.gpu.steps import StepRunner
+from lsp_agent.engine.gpu.weights import DeviceWeights
+from lsp_agent.engine.package import Package
+
+log = logging.getLogger(__name__)
+MOST_STEPS = 8
+"""Sequences that a step graph is made for; more decode as prompts are read."""
+
+
+class GpuRuntime:
+    """What a decoder on the GPU runs. `steps` is None where our kernels do not cover the model."""
+
+    element = "float16"
+
+    def __init__(
+        self,
+        package: Package,
+        device: CudaDevice,
+        context: int,
+        threads: int,
+        placement: ExpertPlacement | None = None,
+        on_progress: Progress | None = None,
+    ) -> None:
+        self._package, self._device, self._context = package, device, context
+        self._weights = DeviceWeights(package, CudaMemory(device), placement, on_progress)
+        address, kind = self._weights.embedding()
+        width = {"f16": "float16", "bf16": "uint16", "f32": "float32"}[kind]
+        self._table = device.borrow(address, (package.config.vocabulary, package.config.hidden), width)
+        graph = CudaGraph(package, context)
+        build_decoder(architecture(package.config.architecture), package.config, graph)
+        self.states = graph.states
+        options, model = graph.session_options(threads), graph.model()
+        self._shared = self._weights.share(model, options, "cuda")  # the session reads it without owning it
+        self.session = ort.InferenceSession(model.SerializeToString(), options, providers=device.providers({}))
+        self._compiler = CudaCompiler()
+        self.steps: StepRunner | None = StepRunner(device, package.config.vocabulary, MOST_STEPS, self._step_session)
+        try:
+            self.steps.prepare(1)
+        except NoKernel as error:
+            log.info("decoding without kernels of our own: %s", error)
+            self.steps = None
+
+    def _step_session(self, batch: int) -> ort.InferenceSession:
+        graph = StepGraph(self._package, self.states, self._weights, self._compiler, batch, self._context)
+        options = ort.SessionOptions()
+        # Nothing to optimise, and no pattern of memory to keep: shapes are static and every node is a kernel of ours.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        register(options, cuda_launcher())
+        model = graph.model().SerializeToString()
+        return ort.InferenceSession(model, options, providers=self._device.providers({}))
+
+    def embed(self, ids: np.ndarray) -> Array:
+        """fp16 rows [batch, length, hidden] of ids [batch, length], read over the bus from page-locked memory."""
+        rows = self._table[self._device.array(ids)]
+        if rows.dtype == np.uint16:  # bfloat16 is the upper half of fp32
+            rows = (rows.astype(np.uint32) << 16).view(np.float32)
+        return rows.astype(np.float16)

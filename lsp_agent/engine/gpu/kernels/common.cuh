@@ -34,10 +34,11 @@ __device__ __forceinline__ void grid_launch_dependents() {
 // ---- Loads ----
 
 // Loads of weights: read once, by one thread, never written while the kernel runs; they do not displace L1's contents.
+// Volatile, so that the compiler leaves them where they are written: all of a thread's loads before their first use.
 __device__ __forceinline__ uint4 load_streamed(const uint4 *address) {
 #ifdef __CUDA_ARCH__
     uint4 v;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
         : "l"(address));
     return v;
@@ -49,7 +50,7 @@ __device__ __forceinline__ uint4 load_streamed(const uint4 *address) {
 __device__ __forceinline__ uint2 load_streamed(const uint2 *address) {
 #ifdef __CUDA_ARCH__
     uint2 v;
-    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
     return v;
 #else
     return *address;
@@ -59,7 +60,7 @@ __device__ __forceinline__ uint2 load_streamed(const uint2 *address) {
 __device__ __forceinline__ unsigned load_streamed(const unsigned *address) {
 #ifdef __CUDA_ARCH__
     unsigned v;
-    asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(address));
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(address));
     return v;
 #else
     return *address;
@@ -72,6 +73,41 @@ __device__ __forceinline__ void prefetch_l2(const void *address) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 #else
     (void)address;
+#endif
+}
+
+// Copies of 16 bytes from global to shared memory that need no registers while they are under way: a compiler may put off
+// a load until its value is wanted, but not these. `shared` gets zeros where `present` is false. A thread may read what it
+// has copied itself after copies_wait(n), which leaves at most its n latest groups (copies_commit, n up to 7) under way;
+// others' copies need a barrier, too.
+__device__ __forceinline__ void copy_async(uint4 *shared, const uint4 *global, bool present = true) {
+#ifdef __CUDA_ARCH__
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
+                 "l"(global), "r"(present ? 16 : 0)
+                 : "memory");
+#else
+    *shared = present ? *global : make_uint4(0, 0, 0, 0);
+#endif
+}
+
+__device__ __forceinline__ void copies_commit() {
+#ifdef __CUDA_ARCH__
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void copies_wait(int groups) {
+#ifdef __CUDA_ARCH__
+    switch (groups) { // a constant, once loops are unrolled
+    case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
+    case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
+    case 3: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
+    case 4: asm volatile("cp.async.wait_group 4;" ::: "memory"); break;
+    case 5: asm volatile("cp.async.wait_group 5;" ::: "memory"); break;
+    case 6: asm volatile("cp.async.wait_group 6;" ::: "memory"); break;
+    case 7: asm volatile("cp.async.wait_group 7;" ::: "memory"); break;
+    default: asm volatile("cp.async.wait_group 0;" ::: "memory");
+    }
 #endif
 }
 
@@ -152,13 +188,24 @@ __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
 // 32 bits as two halves, the low 16 bits first, and back.
 __device__ __forceinline__ __half2 as_half2(unsigned bits) {
-    return __halves2half2(__ushort_as_half((unsigned short)bits), __ushort_as_half((unsigned short)(bits >> 16)));
+    return *reinterpret_cast<const __half2 *>(&bits); // put together from two halves it costs instructions
 }
 __device__ __forceinline__ unsigned as_bits(__half2 pair) {
-    return __half_as_ushort(__low2half(pair)) | (unsigned)__half_as_ushort(__high2half(pair)) << 16;
+    return *reinterpret_cast<const unsigned *>(&pair);
 }
 __device__ __forceinline__ float2 half_bits_to_float2(unsigned bits) { return __half22float2(as_half2(bits)); }
 __device__ __forceinline__ float bfloat16_to_float(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
+
+// (word & AND_MASK) | OR_MASK in one instruction; for two constants the compiler takes two.
+template <unsigned AND_MASK, unsigned OR_MASK> __device__ __forceinline__ unsigned masked_or(unsigned word) {
+#ifdef __CUDA_ARCH__
+    unsigned result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(AND_MASK), "r"(OR_MASK));
+    return result;
+#else
+    return (word & AND_MASK) | OR_MASK;
+#endif
+}
 
 // An E8M0 scale, 2^(code - 127); code 255 (not a number) is never written by us.
 __device__ __forceinline__ float e8m0_to_float(unsigned char code) {

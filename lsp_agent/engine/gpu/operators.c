@@ -17,7 +17,7 @@
 // ---- ONNX Runtime's C API, from version 17 of onnxruntime_c_api.h ----
 
 enum { API_VERSION = 17, INVALID_ARGUMENT = 2, EP_FAIL = 11 };
-enum { FLOAT = 1, INT32 = 6, INT64 = 7, FLOAT16 = 10, ANY_TYPE = 0 };
+enum { FLOAT = 1, INT32 = 6, FLOAT16 = 10, ANY_TYPE = 0 };
 enum { OPTIONAL = 1, VARIADIC = 2 };
 
 typedef struct Status Status;
@@ -103,9 +103,9 @@ typedef int LaunchKernelEx(const LaunchConfig *config, void *function, void **ar
 
 // ---- The operators: one for each way to type 1 to 4 outputs ----
 
-enum { TYPES = 4, MOST_OUTPUTS = 4, SIGNATURES = 4 + 16 + 64 + 256, MOST_ARGUMENTS = 256, MOST_ABSENT = 63 };
-static const char TYPE_LETTERS[TYPES + 1] = "hfil";
-static const int TYPE_CODES[TYPES] = {FLOAT16, FLOAT, INT32, INT64};
+enum { TYPES = 3, MOST_OUTPUTS = 4, SIGNATURES = 3 + 9 + 27 + 81, MOST_ARGUMENTS = 256, MOST_ABSENT = 63 };
+static const char TYPE_LETTERS[TYPES + 1] = "hfi";
+static const int TYPE_CODES[TYPES] = {FLOAT16, FLOAT, INT32};
 
 // Where the operators of one execution provider run, and how.
 typedef struct Launcher {

@@ -26,11 +26,11 @@ from lsp_agent.paths import cache_dir
 DOMAIN = "lsp_agent"
 """Of the operators; its version is 1."""
 SOURCE = Path(__file__).parent / "operators.c"
-OUTPUT_TYPES = {"float16": "h", "float32": "f", "int32": "i", "int64": "l"}
+OUTPUT_TYPES = {"float16": "h", "float32": "f", "int32": "i"}
 """The letters of an operator's outputs, 1 to 4 of them."""
 
 Output = tuple[str, str, Sequence[int]]
-"""An output's name (empty: absent, a null pointer), its type (h, f, i or l) and its shape."""
+"""An output's name (empty: absent, a null pointer), its type (h, f or i) and its shape."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-#define __shared__ static __attribute__((section("emulated_shared")))
+// "used" keeps the compiler from reasoning that what it sees no write to is zero.
+#define __shared__ static __attribute__((section("emulated_shared"), used))
 
 #define VECTOR_TYPES(type, name, two, four)                                                                        \
     struct __attribute__((aligned(two))) name##2 { type x, y; };                                                   \

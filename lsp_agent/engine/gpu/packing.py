@@ -15,10 +15,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from lsp_agent.engine.gpu.launch import Launch
+
 TILE = 64
 """Columns of a tile; matrices must be whole tiles wide."""
 INTERLEAVED_ROWS = {4: 4, 8: 2}
 """Rows whose tiles alternate, by the bits of a code."""
+MOST_THREADS = 256
+"""Of a block of the kernel that packs."""
 
 
 def pack_expert_codes(codes: np.ndarray, bits: int, out: np.ndarray | None = None) -> np.ndarray:
@@ -55,3 +59,11 @@ def _pack_8bit(source: np.ndarray, target: np.ndarray) -> None:
     """Tiles [..., 64 bytes]."""
     parts = source.reshape(*source.shape[:-1], 4, 2, 4, 2)  # ..., 16 bytes, half, word, byte
     target.reshape(*target.shape[:-1], 4, 4, 2, 2)[...] = np.moveaxis(parts, -3, -1)
+
+
+def pack_launch(rows: int, columns: int, bits: int) -> Launch:
+    """The kernel that packs `rows` rows, of any number of matrices: arguments are the codes and where they go."""
+    chunks = INTERLEAVED_ROWS[bits] * columns * bits // 128
+    macros = (("CODE_BITS", str(bits)), ("COLUMNS", str(columns)))
+    threads = min(MOST_THREADS, -(-chunks // 32) * 32)
+    return Launch("pack_experts", macros, (rows // INTERLEAVED_ROWS[bits], 1, 1), (threads, 1, 1))

@@ -4,9 +4,10 @@ import hashlib
 
 import numpy as np
 import pytest
+from emulator import EmulatedKernels
 
 from lsp_agent.engine.blocks import unpack_nibbles
-from lsp_agent.engine.gpu.packing import pack_expert_codes
+from lsp_agent.engine.gpu.packing import pack_expert_codes, pack_launch
 
 PACKED_BY_ONNX_RUNTIME = {
     # SHA-256 of what onnxruntime.quantization.cuda_quantizer._pack_weights_for_cuda_mixed_gemm of 1.31.1 (torch 2.13)
@@ -36,6 +37,15 @@ def test_rows_may_be_packed_in_pieces(bits):
     for start in range(0, len(out), 4):
         pack_expert_codes(codes.reshape(out.shape)[None, start : start + 4], bits, out[None, start : start + 4])
     np.testing.assert_array_equal(out.reshape(codes.shape), whole)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(("bits", "columns"), [(4, 64), (4, 192), (4, 2048), (8, 64), (8, 192), (8, 1088)])
+def test_the_kernel_packs_the_same(bits, columns, backwards):
+    codes = codes_of(bits, rows=8, columns=columns)
+    packed = np.zeros_like(codes)
+    EmulatedKernels(backwards).run(pack_launch(16, columns, bits), codes, packed)
+    np.testing.assert_array_equal(packed, pack_expert_codes(codes, bits))
 
 
 def test_no_code_is_lost():

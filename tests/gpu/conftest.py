@@ -9,9 +9,12 @@ import pytest
 
 from lsp_agent.engine.checkpoints.importing import import_checkpoint
 from lsp_agent.engine.device import open_device
+from lsp_agent.engine.gpu.placement import Placement
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.session import Decoder
 from lsp_agent.errors import UserError
+
+RESIDENT = Placement("resident")
 
 
 @pytest.fixture(scope="session")
@@ -40,13 +43,15 @@ def package(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def decoders(cuda, package):
-    """`decoders(name, scheme)`: the decoder on the GPU, and the exact one on the CPU."""
-    loaded: dict[tuple[str, str], tuple[Decoder, Decoder]] = {}
+    """`decoders(name, scheme, placement, context)`: the decoder on the GPU, and the exact one on the CPU."""
+    loaded: dict[tuple, tuple[Decoder, Decoder]] = {}
 
-    def load(name: str, scheme: str) -> tuple[Decoder, Decoder]:
-        if (name, scheme) not in loaded:
+    def load(name: str, scheme: str, placement: Placement = RESIDENT, context: int = 256) -> tuple[Decoder, Decoder]:
+        key = name, scheme, placement, context
+        if key not in loaded:
             one = package(name, scheme)
-            loaded[name, scheme] = Decoder(one, 1, 256, "fast", cuda), Decoder(one, 4, 256, "exact")
-        return loaded[name, scheme]
+            gpu = Decoder(one, 1, context, "fast", cuda, placement=placement)
+            loaded[key] = gpu, Decoder(one, 4, context, "exact")
+        return loaded[key]
 
     return load

@@ -1,23 +1,34 @@
-"""The graph for the GPU computes what the exact one on the CPU does, within fp16's rounding."""
+"""On the GPU a model says what the exact graph on the CPU says, within fp16's rounding, however its tokens are read."""
 
 import gpu_checkpoints
 import numpy as np
 import pytest
+
+from lsp_agent.engine.gpu.placement import Placement
 
 pytestmark = pytest.mark.gpu
 
 PROMPT = np.random.RandomState(3).randint(0, 256, 48)
 TOLERANCE = 0.03
 """Of the largest logit, at nine of ten positions: fp16 activations may route a token between two near experts."""
+PLACEMENTS = [Placement("resident"), Placement("host"), Placement("hybrid", slots=12)]
 
 
-def read(decoder, pieces, state=None):
-    state = state or decoder.new_state(128)
-    logits = []
-    for piece in pieces:
-        logits.append(decoder.run(np.array([piece], np.int64), state, range(len(piece))))
-        state.extend([int(token) for token in piece])
-    return np.concatenate(logits), state
+def read(decoder, ids, state):
+    """Logits of `ids` read in one run."""
+    logits = decoder.run(np.array([ids], np.int64), state, range(len(ids)))
+    state.extend([int(token) for token in ids])
+    return logits
+
+
+def step(decoder, tokens, state):
+    """Logits of `tokens` read in steps."""
+    rows = []
+    for token in tokens:
+        (logits,) = decoder.step([int(token)], state)
+        rows.append(logits.all())
+        state.extend([int(token)])
+    return np.array(rows)
 
 
 def assert_close(found, wanted):
@@ -33,47 +44,105 @@ def assert_close(found, wanted):
 @pytest.mark.parametrize("name", gpu_checkpoints.CONFIGS)
 def test_the_gpu_gives_the_cpus_logits(decoders, name, scheme):
     gpu, cpu = decoders(name, scheme)
-    wanted, _ = read(cpu, [PROMPT])
-    assert_close(read(gpu, [PROMPT])[0], wanted)
-    assert_close(read(gpu, [PROMPT[:30], PROMPT[30:31], PROMPT[31:]])[0], wanted)
-    assert_close(read(gpu, [PROMPT[:8], *([token] for token in PROMPT[8:])])[0], wanted)
+    wanted = read(cpu, PROMPT, cpu.new_state(128))
+    assert_close(read(gpu, PROMPT, gpu.new_state(128)), wanted)
+    state = gpu.new_state(128)
+    parts = [read(gpu, PROMPT[:30], state), step(gpu, PROMPT[30:40], state), read(gpu, PROMPT[40:], state)]
+    assert_close(np.concatenate(parts), wanted)
+    assert_close(step(gpu, PROMPT, gpu.new_state(128)), wanted)
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda placement: placement.kind)
+@pytest.mark.parametrize(
+    ("name", "scheme"), [("qwen3-next", "int4"), ("qwen3-next-top10", "int4-64"), ("qwen3-moe", "int8")]
+)
+def test_every_placement_says_the_same(decoders, name, scheme, placement):
+    gpu, cpu = decoders(name, scheme, placement)
+    wanted = read(cpu, PROMPT, cpu.new_state(128))
+    state = gpu.new_state(128)
+    assert_close(np.concatenate([read(gpu, PROMPT[:30], state), step(gpu, PROMPT[30:], state)]), wanted)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda placement: placement.kind)
+def test_thousands_of_steps_later_a_step_is_still_right(decoders, placement):
+    """Replays of one captured graph, over all places of the rings, against one run over the same tokens."""
+    gpu, _ = decoders("qwen3-next", "int4", placement, context=4096)
+    ids = np.random.RandomState(5).randint(0, 256, 3000)
+    stepped, whole = gpu.new_state(4096), gpu.new_state(4096)
+    found = step(gpu, ids, stepped)
+    wanted = np.concatenate([read(gpu, ids[start : start + 500], whole) for start in range(0, 3000, 500)])
+    assert_close(found[-500:], wanted[-500:])
+    assert_close(found[:500], wanted[:500])
+
+
+@pytest.mark.parametrize("back", [1, 3, 8])
 @pytest.mark.parametrize("name", ["qwen3-moe", "qwen3-next"])
-def test_restored_and_rolled_back_states_continue_bit_for_bit(decoders, name):
+def test_rolled_back_steps_continue_bit_for_bit_without_a_replay(decoders, name, back, monkeypatch):
     gpu, _ = decoders(name, "int4")
-    _, state = read(gpu, [PROMPT[:20]])
+    state = gpu.new_state(128)
+    read(gpu, PROMPT[:20], state)
+    step(gpu, PROMPT[20:], state)
     snapshot = state.snapshot()
-    expected, _ = read(gpu, [[token] for token in PROMPT[20:]], state)
-    read(gpu, [[1]], state)
-    gpu.rollback(state, 1)
-    further, _ = read(gpu, [[7], [8]], state)
+    expected = step(gpu, [7, 8], state)
+    gpu.rollback(state, 2)
+    step(gpu, range(back), state)
+    monkeypatch.setattr(gpu, "run", lambda *_: pytest.fail("tokens were read again"))
+    gpu.rollback(state, back)
+    np.testing.assert_array_equal(step(gpu, [7, 8], state), expected)
     other = gpu.new_state(128)
     other.restore(snapshot)
-    again, _ = read(gpu, [[token] for token in PROMPT[20:]], other)
-    np.testing.assert_array_equal(again, expected)
-    np.testing.assert_array_equal(read(gpu, [[7], [8]], other)[0], further)
+    np.testing.assert_array_equal(step(gpu, [7, 8], other), expected)
+
+
+def test_a_checkpoint_is_come_back_to_without_a_replay(decoders, monkeypatch):
+    gpu, _ = decoders("qwen3-next", "int4")
+    state = gpu.new_state(128)
+    read(gpu, PROMPT[:20], state)
+    state.checkpoint()
+    expected = step(gpu, PROMPT[20:], state)
+    monkeypatch.setattr(gpu, "run", lambda *_: pytest.fail("tokens were read again"))
+    gpu.rollback(state, len(PROMPT) - 20)
+    np.testing.assert_array_equal(step(gpu, PROMPT[20:], state), expected)
 
 
 def test_rolling_back_further_reads_again(decoders):
     gpu, _ = decoders("qwen3-next", "int4")
-    wanted, _ = read(gpu, [PROMPT[:20], [7], [8]])
-    _, state = read(gpu, [PROMPT[:20], [1], [2], [3]])
-    gpu.rollback(state, 3)
-    assert_close(read(gpu, [[7], [8]], state)[0], wanted[-2:])
+    wanted = step(gpu, [*PROMPT[:20], 7, 8], gpu.new_state(128))[-2:]
+    state = gpu.new_state(128)
+    read(gpu, PROMPT[:20], state)
+    step(gpu, range(12), state)
+    gpu.rollback(state, 12)
+    assert_close(step(gpu, [7, 8], state), wanted)
 
 
-def test_a_batch_decodes_as_single_sequences_do(decoders):
+@pytest.mark.parametrize("batch", [2, 3, 4, 8, 9])
+def test_a_batch_decodes_as_single_sequences_do(decoders, batch):
     gpu, _ = decoders("qwen3-next", "int4")
-    _, prompt = read(gpu, [PROMPT])
-    batch = gpu.new_state(64, 3)
-    batch.copy_prefix(prompt, len(PROMPT))
-    gpu.run(np.array([[1], [2], [3]]), batch, range(3))
-    batch.length += 1
-    batch.keep([0, 2])
-    logits = gpu.run(np.array([[4], [5]]), batch, range(2))
-    for row, tokens in enumerate(([1, 4], [3, 5])):
+    prompt = gpu.new_state(128)
+    read(gpu, PROMPT, prompt)
+    together = gpu.new_state(64, batch)
+    together.copy_prefix(prompt, len(PROMPT))
+    gpu.step(range(batch), together)
+    together.length += 1
+    kept = [0, batch - 1]
+    together.keep(kept)
+    found = [row.all() for row in gpu.step([4, 5], together)]
+    for row, first, second in zip(found, kept, (4, 5), strict=True):
         single = gpu.new_state(64)
         single.copy_prefix(prompt, len(PROMPT))
-        expected, _ = read(gpu, [[token] for token in tokens], single)
-        assert_close(logits[row], expected[-1])
+        assert_close(row, step(gpu, [first, second], single)[-1])
+
+
+def test_the_best_tokens_come_without_the_others(decoders):
+    gpu, _ = decoders("qwen3-next", "int4")
+    state = gpu.new_state(64)
+    read(gpu, PROMPT[:10], state)
+    (logits,) = gpu.step([int(PROMPT[10])], state)
+    whole = logits.all()
+    tokens, values = logits.top(40)
+    np.testing.assert_array_equal(values, np.sort(whole)[::-1][:40])
+    np.testing.assert_array_equal(whole[tokens], values)
+    log_sum = np.log(np.exp(whole.astype(np.float64)).sum())
+    assert logits.log_probability(int(tokens[3])) == pytest.approx(values[3] - log_sum, abs=1e-4)
+    worst = int(whole.argmin())
+    assert logits.log_probability(worst) == pytest.approx(whole[worst] - log_sum, abs=1e-4)

@@ -14,6 +14,7 @@ GROUP = 8
 MOST_SEGMENTS = 4
 MOST_SHARED = 96 * 1024
 """Bytes of shared memory for activations that every GPU since compute capability 8.0 gives a block."""
+CANDIDATES_THREADS = 256
 MULTIPROCESSORS = 132
 """Of an H100; other cards lose little by a grid that was sized for it."""
 
@@ -106,9 +107,9 @@ def project(
 ) -> Launch:
     """`y = W x + bias` for all rows of 1 to 4 segments, one after another.
 
-    Inputs are the prologue's. Outputs: y [batch, rows of all segments] in fp32 (fp16 if `out_half`), then the prologue's.
-    Pointers: the norm's weight (fp32 [columns], of `GatedNorm` [head]; null for the others); of each segment codes, scales
-    and zero points (null where it has none); the bias (fp32 [rows of all segments]) or null.
+    Inputs are the prologue's. Outputs: y [batch, rows of all segments] in fp32 (fp16 if `out_half`), then the
+    prologue's. Pointers: the norm's weight (fp32 [columns], of `GatedNorm` [head]; null for the others); of each
+    segment codes, scales and zero points (null where it has none); the bias (fp32 [rows of all segments]) or null.
     Raises `ValueError` for what the kernel does not cover, see `supports`.
     """
     tuning = tuning or Tuning()
@@ -144,6 +145,39 @@ def project(
     return Launch("project", tuple(described.items()), (blocks, 1, 1), (WARP * warps, 1, 1), shared)
 
 
+def embed(hidden: int, batch: int, dtype: Literal["float16", "bfloat16", "float32"]) -> Launch:
+    """Rows of the embedding. Input: ids (int64 [batch, 1]), which must lie in the table. Output: fp16 [batch, hidden].
+    Pointer: the table of `dtype` [vocabulary, hidden], in the GPU's or in page-locked memory."""
+    if hidden % GROUP:
+        raise ValueError(f"{hidden} columns: they must be a multiple of {GROUP}")
+    threads = min(256, -(-hidden // GROUP // WARP) * WARP)
+    kinds = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+    macros = {"HIDDEN": str(hidden), "THREADS": str(threads), "TYPE": kinds[dtype]}
+    return Launch("embed", tuple(macros.items()), (batch, 1, 1), (threads, 1, 1))
+
+
+def candidates(vocabulary: int, batch: int, best: int, blocks: int = 64) -> Launch:
+    """The `best` largest logits of each token, descending, ties to the lower id, and the log-sum-exp of all.
+
+    Input: logits (fp32 [batch, vocabulary], no NaNs). Outputs: values (fp32 [batch, best]), ids (int32 [batch, best]),
+    log_sum_exp (fp32 [batch, 1]), and scratch of `candidates_scratch`; where there are fewer tokens, -inf and -1.
+    Pointer: counters (int32 [batch]), zero before the first launch; each launch leaves zeros.
+    """
+    blocks = _candidates_blocks(vocabulary, blocks)
+    macros = {"BATCH": batch, "VOCABULARY": vocabulary, "BEST": best, "BLOCKS": blocks, "THREADS": CANDIDATES_THREADS}
+    described = tuple((name, str(value)) for name, value in macros.items())
+    return Launch("candidates", described, (blocks, batch, 1), (CANDIDATES_THREADS, 1, 1))
+
+
+def candidates_scratch(vocabulary: int, batch: int, best: int, blocks: int = 64) -> tuple[int, int, int]:
+    """The shape of the scratch (fp32) of `candidates`."""
+    return batch, _candidates_blocks(vocabulary, blocks), 2 * best + 2
+
+
+def _candidates_blocks(vocabulary: int, most: int) -> int:
+    return min(most, -(-vocabulary // CANDIDATES_THREADS))
+
+
 def supports(prologue: Prologue, segments: Sequence[Segment], columns: int, batch: int) -> bool:
     """Whether `project` covers this: rows of whole blocks and of whole pieces of 16 bytes, and activations of all
     tokens that fit in shared memory."""
@@ -154,7 +188,9 @@ def _unsupported(prologue: Prologue, segments: Sequence[Segment], columns: int, 
     if not 1 <= len(segments) <= MOST_SEGMENTS:
         return f"{len(segments)} segments: there may be 1 to {MOST_SEGMENTS}"
     if columns % GROUP or 2 * columns * batch > MOST_SHARED:
-        return f"{batch} x {columns} activations: columns must be a multiple of {GROUP}, all at most {MOST_SHARED} bytes"
+        return (
+            f"{batch} x {columns} activations: columns must be a multiple of {GROUP}, all at most {MOST_SHARED} bytes"
+        )
     for segment in segments:
         if segment.bits == 16:
             continue

@@ -175,10 +175,10 @@ __device__ __forceinline__ void decode(const Buffer &buffer, int slot, int chunk
             }
             if constexpr (S::bits == 4) {
                 const unsigned word = words[i], later = word >> 8;
-                w[4 * i] = __hfma2(as_half2((word & 0x000f000fu) | 0x64006400u), eighth, low);
-                w[4 * i + 1] = __hfma2(as_half2((word & 0x00f000f0u) | 0x64006400u), fraction, high);
-                w[4 * i + 2] = __hfma2(as_half2((later & 0x000f000fu) | 0x64006400u), eighth, low);
-                w[4 * i + 3] = __hfma2(as_half2((later & 0x00f000f0u) | 0x64006400u), fraction, high);
+                w[4 * i] = __hfma2(as_half2(masked_or<0x000f000fu, 0x64006400u>(word)), eighth, low);
+                w[4 * i + 1] = __hfma2(as_half2(masked_or<0x00f000f0u, 0x64006400u>(word)), fraction, high);
+                w[4 * i + 2] = __hfma2(as_half2(masked_or<0x000f000fu, 0x64006400u>(later)), eighth, low);
+                w[4 * i + 3] = __hfma2(as_half2(masked_or<0x00f000f0u, 0x64006400u>(later)), fraction, high);
             } else if (i % 2 == 0) {
                 const unsigned first = __byte_perm(words[i], words[i + 1], 0x5140); // bytes 0, 4, 1, 5
                 const unsigned second = __byte_perm(words[i], words[i + 1], 0x7362);
@@ -257,13 +257,16 @@ __device__ __forceinline__ void compute(const Buffer &buffer, const Weights &wei
             const int wanted = chunk_of<S>(tile, i);
             const bool inside = S::exact || wanted < S::chunks;
             const int chunk = inside ? wanted : S::chunks - 1;
+            // Groups 32 * n + m lie at 32 * n + place_of(m): `start` is known to the compiler, `within` is the lane's.
+            const int start = S::exact ? (tile * S::held + i) * WARP * CHUNK_GROUPS : 0;
+            const int within = place_of(chunk * CHUNK_GROUPS - start);
             if constexpr (BATCH <= S::at_once) { // the tokens' activations in registers, the rows one by one
                 uint4 groups[BATCH][CHUNK_GROUPS];
 #pragma unroll
                 for (int b = 0; b < BATCH; ++b)
 #pragma unroll
                     for (int g = 0; g < CHUNK_GROUPS; ++g)
-                        groups[b][g] = x[b * PLACES + place_of(chunk * CHUNK_GROUPS + g)];
+                        groups[b][g] = x[b * PLACES + start + (within ^ g)];
 #pragma unroll
                 for (int r = 0; r < S::at_once; ++r) {
                     __half2 w[S::values / 2];
@@ -283,7 +286,7 @@ __device__ __forceinline__ void compute(const Buffer &buffer, const Weights &wei
                     uint4 groups[CHUNK_GROUPS];
 #pragma unroll
                     for (int g = 0; g < CHUNK_GROUPS; ++g)
-                        groups[g] = x[b * PLACES + place_of(chunk * CHUNK_GROUPS + g)];
+                        groups[g] = x[b * PLACES + start + (within ^ g)];
 #pragma unroll
                     for (int r = 0; r < S::at_once; ++r) {
                         const float product = dot<S>(buffer, r * S::held + i, w[r], groups);
@@ -320,6 +323,12 @@ template <class S> __device__ __forceinline__ void finish(Out *y, const float *b
         const int place = S::first_row + row;
         y[(long long)b * ALL_ROWS + place] = Out(v[0] * S::unit + (bias ? bias[place] : 0.0f));
     }
+}
+
+// The biases of a block's first items, which come last of all.
+__device__ __forceinline__ void prefetch_bias(const float *bias) {
+#pragma unroll 1
+    for (int row = threadIdx.x * WARP; row < ALL_ROWS; row += THREADS * WARP) prefetch_l2(bias + row);
 }
 
 #define SEGMENT_PARAMETERS(s) , const unsigned char *codes_##s, const void *scales_##s, const unsigned char *zero_points_##s
@@ -375,6 +384,11 @@ project(
     if (item < ITEMS) {
         BY_SEGMENT(item, LOAD);
     }
+    if (bias) prefetch_bias(bias);
+#if PROLOGUE == NORM || PROLOGUE == GATED_NORM
+    NormWeight weight;
+    weight.load(norm_weight);
+#endif
     grid_dependency_wait();
 #if PROLOGUE == NORM
 #if !DELTA
@@ -384,13 +398,15 @@ project(
 #if !WRITE_NORMED
     uint4 *const normed = nullptr;
 #endif
-    prepare(x, residual, delta, norm_weight, sum, normed);
+    prepare(x, residual, delta, weight, sum, normed);
 #elif PROLOGUE == SWIGLU
-    prepare(x, nullptr, p, nullptr);
+    prepare(x, nullptr, p);
 #elif PROLOGUE == PLAIN
-    prepare(x, y, nullptr, nullptr);
+    prepare(x, y, nullptr);
+#elif PROLOGUE == GATE
+    prepare(x, y, p);
 #else
-    prepare(x, y, p, norm_weight);
+    prepare(x, y, p, weight);
 #endif
     float sums[MOST_ROWS * BATCH] = {};
     while (item < ITEMS) {

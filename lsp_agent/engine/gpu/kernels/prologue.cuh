@@ -59,9 +59,32 @@ __device__ __forceinline__ void load_group(const float *from, float (&v)[GROUP])
 
 #if PROLOGUE == NORM
 
+constexpr int TURNS = (GROUPS + THREADS - 1) / THREADS; // of each thread over a token's groups
+
+// The norm's weights of a thread's groups, loaded before the activations are there; of long rows only the first ones.
+struct NormWeight {
+    static constexpr int HELD = TURNS < 2 ? TURNS : 2;
+    float held[HELD][GROUP];
+    const float *all;
+    __device__ __forceinline__ void load(const float *weight) {
+        all = weight;
+#pragma unroll
+        for (int turn = 0; turn < HELD; ++turn) {
+            const int group = threadIdx.x + turn * THREADS;
+            if (group < GROUPS) load_group(weight + GROUP * group, held[turn]);
+        }
+    }
+    __device__ __forceinline__ void scale(int turn, float factor, float (&v)[GROUP]) const {
+        float w[GROUP];
+        if (turn >= HELD) load_group(all + GROUP * (threadIdx.x + turn * THREADS), w);
+#pragma unroll
+        for (int i = 0; i < GROUP; ++i) v[i] *= factor * (turn < HELD ? held[turn < HELD ? turn : 0][i] : w[i]);
+    }
+};
+
 // The RMS norm of residual + delta, which is rounded to fp16 first. The first block hands both over.
-__device__ __forceinline__ void prepare(uint4 *x, const uint4 *residual, const uint4 *delta, const float *weight,
-                                        uint4 *sum, uint4 *normed) {
+__device__ __forceinline__ void prepare(uint4 *x, const uint4 *residual, const uint4 *delta,
+                                        const NormWeight &weight, uint4 *sum, uint4 *normed) {
     float squares[BATCH];
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) {
@@ -88,17 +111,19 @@ __device__ __forceinline__ void prepare(uint4 *x, const uint4 *residual, const u
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) {
         const float factor = rsqrtf(squares[b] / COLUMNS + EPSILON);
-        for (int group = threadIdx.x; group < GROUPS; group += THREADS) {
-            uint4 &place = x[b * PLACES + place_of(group)]; // written by this thread
-            float v[GROUP], w[GROUP];
-            unpack(place, v);
-            load_group(weight + GROUP * group, w);
 #pragma unroll
-            for (int i = 0; i < GROUP; ++i) v[i] = v[i] * factor * w[i];
-            place = paired(v);
+        for (int turn = 0; turn < TURNS; ++turn) {
+            const int group = threadIdx.x + turn * THREADS;
+            if (group < GROUPS) {
+                uint4 &place = x[b * PLACES + place_of(group)]; // written by this thread
+                float v[GROUP];
+                unpack(place, v);
+                weight.scale(turn, factor, v);
+                place = paired(v);
 #if WRITE_NORMED
-            if (blockIdx.x == 0) normed[b * GROUPS + group] = in_order(v);
+                if (blockIdx.x == 0) normed[b * GROUPS + group] = in_order(v);
 #endif
+            }
         }
     }
     __syncthreads();
@@ -106,8 +131,22 @@ __device__ __forceinline__ void prepare(uint4 *x, const uint4 *residual, const u
 
 #else
 
+#if PROLOGUE == GATED_NORM
+// The weights of a thread's columns, which are the same of every head that it meets.
+struct NormWeight {
+    float held[GROUP];
+    __device__ __forceinline__ void load(const float *weight) { load_group(weight + GROUP * threadIdx.x % HEAD, held); }
+};
+static_assert(HEAD <= GROUP * WARP && (HEAD & (HEAD - 1)) == 0 && HEAD >= GROUP, "a warp holds whole heads");
+#endif
+
 // Every other prologue computes a group from the same group of y (and its neighbours' squares) and of p.
-__device__ __forceinline__ void prepare(uint4 *x, const float *y, const float *p, const float *weight) {
+__device__ __forceinline__ void prepare(uint4 *x, const float *y, const float *p
+#if PROLOGUE == GATED_NORM
+                                        ,
+                                        const NormWeight &weight
+#endif
+) {
     constexpr int TOTAL = BATCH * GROUPS;
 #pragma unroll 1
     for (int first = 0; first < TOTAL; first += THREADS) {
@@ -131,15 +170,13 @@ __device__ __forceinline__ void prepare(uint4 *x, const float *y, const float *p
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) v[i] *= sigmoid(gate[i]);
 #else
-        static_assert(HEAD <= GROUP * WARP && (HEAD & (HEAD - 1)) == 0 && HEAD >= GROUP, "a warp holds whole heads");
-        float squares = 0.0f, w[GROUP];
+        float squares = 0.0f;
         load_group(p + b * P_STRIDE + Z_OFFSET + column, gate);
-        load_group(weight + column % HEAD, w);
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) squares += v[i] * v[i];
         const float factor = rsqrtf(warp_sum<HEAD / GROUP>(squares) / HEAD + EPSILON);
 #pragma unroll
-        for (int i = 0; i < GROUP; ++i) v[i] = v[i] * factor * w[i] * silu(gate[i]);
+        for (int i = 0; i < GROUP; ++i) v[i] = v[i] * factor * weight.held[i] * silu(gate[i]);
 #endif
 #endif
         if (active) x[b * PLACES + place_of(group)] = paired(v);

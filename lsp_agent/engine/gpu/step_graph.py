@@ -6,24 +6,26 @@ takes six or seven a block. Every node is an operator of `operators`, shapes are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from lsp_agent.engine.architecture import ModelConfig
 from lsp_agent.engine.architectures import architecture
-from lsp_agent.engine.decoder import EMBEDDING, HEAD
+from lsp_agent.engine.decoder import HEAD
 from lsp_agent.engine.delta_net import GatedDeltaNet
-from lsp_agent.engine.gpu import expert_kernels, projection, sequence_kernels
+from lsp_agent.engine.gpu import projection, sequence_kernels
+from lsp_agent.engine.gpu.compiler import KernelCompiler
 from lsp_agent.engine.gpu.launch import Launch
 from lsp_agent.engine.gpu.operators import DOMAIN, Output, launch_node
-from lsp_agent.engine.gpu.projection import CANDIDATES, Norm, Prologue, Segment
+from lsp_agent.engine.gpu.projection import Norm, Prologue, Segment
 from lsp_agent.engine.gpu.weights import DeviceWeights
 from lsp_agent.engine.graph import IR_VERSION, OPSET
 from lsp_agent.engine.layers import Attention, DenseMlp
-from lsp_agent.engine.moe import SHARED, MoeMlp
+from lsp_agent.engine.moe import MoeMlp
 from lsp_agent.engine.package import Extent, Linear, Package
 from lsp_agent.engine.rotary import rotary_tables
 from lsp_agent.engine.state import StateSpec
@@ -32,15 +34,17 @@ Result = tuple[str, int]
 """An output's type, `h`, `f` or `i`, and its elements for each sequence."""
 
 
-class NoKernel(Exception):
+CANDIDATES = 64
+"""Tokens whose logits a step hands over; the others stay on the GPU until they are asked for."""
+EMBEDDING_TYPES: dict[str, Literal["float16", "bfloat16", "float32"]] = {
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "f32": "float32",
+}
+
+
+class NoKernel(Exception):  # noqa: N818 - said as it is
     """The decode kernels do not cover this model; the message says what of it."""
-
-
-class Compiler(Protocol):
-    """Makes kernels callable."""
-
-    def function(self, launch: Launch) -> int:
-        """The handle of a launch's kernel, compiled once."""
 
 
 class StepGraph:
@@ -57,7 +61,7 @@ class StepGraph:
         package: Package,
         states: Sequence[StateSpec],
         weights: DeviceWeights,
-        compiler: Compiler,
+        compiler: KernelCompiler,
         batch: int,
         context: int,
     ) -> None:
@@ -83,7 +87,7 @@ class StepGraph:
     def _build(self) -> None:
         config, batch = self._config, self._batch
         table, kind = self._weights.embedding()
-        embed = projection.embed(config.hidden, kind, batch)
+        embed = projection.embed(config.hidden, batch, EMBEDDING_TYPES[kind])
         (residual,) = self._launch(embed, ["ids"], [("h", config.hidden)], [table])
         delta = ""
         for index in range(config.layers):
@@ -105,6 +109,12 @@ class StepGraph:
 
     def _candidates(self, logits: str) -> None:
         """The outputs beside the logits."""
+        vocabulary, batch = self._config.vocabulary, self._batch
+        _, *scratch = projection.candidates_scratch(vocabulary, batch, CANDIDATES)
+        results: list[Result] = [("f", CANDIDATES), ("i", CANDIDATES), ("f", 1), ("f", math.prod(scratch))]
+        launch = projection.candidates(vocabulary, batch, CANDIDATES)
+        names = ["values", "tokens", "log_sum_exp"]
+        self._launch(launch, [logits], results, [self._counters(batch)], names)
 
     # Layers: `residual` and what is to be added to it in, the same out.
 
@@ -191,7 +201,9 @@ class StepGraph:
         total = others.pop(0) if delta else residual
         return packed, total, others[0] if normed else ""
 
-    def _projected(self, prologue: Prologue, inputs: list[str], linear: str, norm: int = 0, bias: str | None = None) -> str:
+    def _projected(
+        self, prologue: Prologue, inputs: list[str], linear: str, norm: int = 0, bias: str | None = None
+    ) -> str:
         """A linear's fp16 result."""
         return self._project(prologue, inputs, [linear], norm, bias, half=True)[0]
 
@@ -210,7 +222,7 @@ class StepGraph:
         launch = projection.project(prologue, segments, columns, self._batch, out_half=half)
         outputs: list[Result] = [("h" if half else "f", sum(segment.rows for segment in segments)), *more]
         bias_pointer = self._vector(bias) if bias else 0
-        return self._launch(launch, inputs, outputs, [norm, *pointers, bias_pointer], name)
+        return self._launch(launch, inputs, outputs, [norm, *pointers, bias_pointer], [name] if name else [])
 
     def _segments(self, linears: Sequence[str]) -> tuple[list[Segment], int, list[int]]:
         """The matrices' segments, one for each of their parts, the columns of all, and the segments' pointers."""
@@ -249,13 +261,16 @@ class StepGraph:
         return self._weights.constant(f"counters.{count}", np.zeros(count, np.int32))
 
     def _launch(
-        self, launch: Launch, inputs: list[str], results: Sequence[Result], pointers: list[int], name: str | None = None
+        self,
+        launch: Launch,
+        inputs: list[str],
+        results: Sequence[Result],
+        pointers: list[int],
+        called: Sequence[str] = (),
     ) -> list[str]:
-        """Append a kernel; returns the names of its outputs [batch, elements], the first called `name`."""
+        """Append a kernel; returns the names of its outputs [batch, elements], the first ones as they are `called`."""
         count = len(self._nodes)
-        names = [f"{launch.name}_{count}_{index}" for index in range(len(results))]
-        if name:
-            names[0] = name
+        names = [*called, *(f"{launch.name}_{count}_{index}" for index in range(len(called), len(results)))]
         outputs: list[Output] = [
             (one, kind, (self._batch, size)) for one, (kind, size) in zip(names, results, strict=True)
         ]

@@ -101,7 +101,9 @@ class StepRunner:
         values, tokens = received[: 2 * batch * CANDIDATES].reshape(2, batch, CANDIDATES)[:, row]
         log_sum_exp = float(received[2 * batch * CANDIDATES + row])
         fetch = lambda: self._device.host(buffers.logits[row])  # noqa: E731
-        return DeviceLogits(tokens.view(np.int32), values, log_sum_exp, fetch)
+        ids = tokens.view(np.int32)
+        known = ids >= 0  # a small vocabulary has fewer
+        return DeviceLogits(ids[known], values[known], log_sum_exp, fetch)
 
     def _new_buffers(self, batch: int) -> _Buffers:
         control = CONTROL + batch + (CONTROL + batch) % 2

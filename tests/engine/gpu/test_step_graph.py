@@ -1,0 +1,80 @@
+"""The decode graph for the GPU, whole, on emulated kernels: it says what the exact graph of the CPU says."""
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from emulator import EmulatedKernels
+
+from lsp_agent.engine.architectures import architecture
+from lsp_agent.engine.cuda_graph import CudaGraph
+from lsp_agent.engine.decoder import build_decoder
+from lsp_agent.engine.device import CpuDevice
+from lsp_agent.engine.gpu.memory import HostMemory
+from lsp_agent.engine.gpu.operators import Launcher, register
+from lsp_agent.engine.gpu.step_graph import StepGraph
+from lsp_agent.engine.gpu.steps import StepRunner
+from lsp_agent.engine.gpu.weights import DeviceWeights
+from lsp_agent.engine.session import Decoder
+from lsp_agent.engine.state import State
+
+TOKENS = np.random.RandomState(3).randint(0, 256, 12).tolist()
+CONTEXT = 64
+
+
+class EmulatedDecoder:
+    """Steps of a package on the CPU's provider, and states for them."""
+
+    def __init__(self, package, kernels):
+        self.device, self._kernels, self._package = CpuDevice(), kernels, package
+        graph = CudaGraph(package, CONTEXT)
+        build_decoder(architecture(package.config.architecture), package.config, graph)
+        self.states = graph.states
+        self.weights = DeviceWeights(package, HostMemory())
+        self.steps = StepRunner(self.device, package.config.vocabulary, 8, self._session)
+
+    def _session(self, batch):
+        graph = StepGraph(self._package, self.states, self.weights, self._kernels, batch, CONTEXT)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        launcher = Launcher("CPUExecutionProvider", self._kernels.launcher, 0, self._kernels.error_string)
+        register(options, launcher)
+        return ort.InferenceSession(graph.model().SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def new_state(self, batch=1):
+        return State(self.states, CONTEXT, batch, self.device)
+
+    def read(self, tokens, state):
+        """Logits [tokens, vocabulary] of tokens that are read one by one."""
+        rows = []
+        for token in tokens:
+            (logits,) = self.steps.run([token], state)
+            rows.append(logits.all())
+            state.extend([token])
+        return np.array(rows)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return EmulatedKernels()
+
+
+@pytest.fixture(scope="module")
+def decoder(gpu_package, kernels):
+    return lambda name, scheme: EmulatedDecoder(gpu_package(name, scheme), kernels)
+
+
+def exact(package, tokens):
+    cpu = Decoder(package, 1, CONTEXT, "exact")
+    return cpu.run(np.array([tokens]), cpu.new_state(CONTEXT), range(len(tokens)))
+
+
+def assert_close(found, wanted, tolerance=0.02):
+    assert np.abs(found - wanted).max() < tolerance * np.abs(wanted).max()
+    assert np.corrcoef(found.reshape(-1), wanted.reshape(-1))[0, 1] > 0.9995
+
+
+@pytest.mark.parametrize("scheme", ["keep", "int8", "int4", "int4-64", "int4-asymmetric"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_a_dense_model_says_what_the_exact_graph_says(decoder, gpu_package, name, scheme):
+    emulated = decoder(name, scheme)
+    assert_close(emulated.read(TOKENS, emulated.new_state()), exact(gpu_package(name, scheme), TOKENS))

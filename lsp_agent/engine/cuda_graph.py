@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,18 +19,25 @@ EXPERT_ALIGNMENT = 64
 
 
 class CudaGraph(GraphBuilder):
-    """Everything runs on the GPU, so that a decode step can be captured as one CUDA graph."""
+    """Everything runs on the GPU, so that a decode step can be captured as one CUDA graph.
+
+    `shared`: matrices and experts are read from memory that `DeviceWeights.share` gives the session, so the graph only
+    names them, and integer experts are packed.
+    """
 
     element = "float16"
 
-    def __init__(self, package: Package, context: int) -> None:
+    def __init__(self, package: Package, context: int, shared: bool = False) -> None:
         super().__init__(package, context)
+        self._shared = shared
         self._converted: dict[int, np.ndarray] = {}
 
     def session_options(self, threads: int) -> ort.SessionOptions:
         """As its base; weights go to the GPU's memory once, not through an arena that rounds up."""
         options = super().session_options(threads)
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        if self._shared:  # else the kernels of experts keep their scales, and MXFP4's codes, a second time
+            options.add_session_config_entry("session.disable_prepacking", "1")
         return options
 
     def attention(self, config: ModelConfig, prefix: str, qkv: list[str], normalised: bool) -> str:
@@ -82,8 +90,8 @@ class CudaGraph(GraphBuilder):
 
     def _half_of(self, name: str, extent: Extent, shape: tuple[int, ...] | None = None) -> str:
         """Stored floats as fp16: mapped where they are that already, else converted once for all who share them."""
-        if extent.dtype == "float16":
-            return self.external(name, extent, shape)
+        if extent.dtype == "float16" or self._shared:
+            return self.external(name, replace(extent, dtype="float16"), shape)
         if extent.offset not in self._converted:
             self._converted[extent.offset] = self._package.array(extent).astype(np.float16)
         return self.constant(name, self._converted[extent.offset].reshape(shape or extent.shape))

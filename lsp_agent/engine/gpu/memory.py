@@ -19,10 +19,10 @@ Where = Literal["device", "host"]
 Change = Literal["copy", "half", "pack4", "pack8"]
 """What is done to an array on its way: fp32 becomes fp16; integer codes are packed (see `packing`)."""
 Progress = Callable[[int, int], None]
-"""Called with the bytes that are done and all bytes; from one thread at a time, but from any."""
+"""Called with the bytes that are done and all bytes."""
 
 ALIGNMENT = 256
-PIECE_BYTES = 1 << 24
+PIECE_BYTES = 1 << 23
 """How much is carried at a time, in the bytes of the file."""
 MOST_THREADS = 16
 
@@ -34,6 +34,7 @@ class Load:
     source: np.ndarray
     address: int
     change: Change = "copy"
+    where: Where = "device"
 
     @property
     def nbytes(self) -> int:
@@ -49,7 +50,7 @@ class Load:
         step = max(1, most // (row_bytes * group)) * group if row_bytes else 1
         for start in range(0, len(rows), step):
             address = self.address + loaded_bytes(rows[:1], self.change) * start
-            yield Load(rows[start : start + step], address, self.change)
+            yield Load(rows[start : start + step], address, self.change, self.where)
 
     def apply(self, target: np.ndarray) -> None:
         """Write what belongs at the address into `target`, uint8 [nbytes]."""
@@ -69,8 +70,8 @@ def loaded_bytes(source: np.ndarray, change: Change) -> int:
 class Memory(Protocol):
     """Allocates, fills and keeps memory; all of it is given back by `close` or with the object."""
 
-    def allocate(self, nbytes: int, where: Where = "device") -> int:
-        """The address of new memory, aligned to `ALIGNMENT` bytes. Raises `UserError` when there is too little."""
+    def allocate(self, sizes: Sequence[int], where: Where = "device") -> list[int]:
+        """Addresses of new memory of so many bytes each, aligned to `ALIGNMENT`. Raises `UserError` without room."""
 
     def load(
         self, loads: Sequence[Load], on_progress: Progress | None = None, cancel: CancelToken | None = None
@@ -87,33 +88,49 @@ class HostMemory:
     def __init__(self) -> None:
         self._arrays: list[np.ndarray] = []
 
-    def allocate(self, nbytes: int, where: Where = "device") -> int:  # noqa: ARG002
+    def allocate(self, sizes: Sequence[int], where: Where = "device") -> list[int]:  # noqa: ARG002
         """See `Memory.allocate`."""
-        array = np.zeros(nbytes + ALIGNMENT, np.uint8)
-        self._arrays.append(array)
-        return int(array.ctypes.data + -array.ctypes.data % ALIGNMENT)
+        arrays = [np.zeros(nbytes + ALIGNMENT, np.uint8) for nbytes in sizes]
+        self._arrays += arrays
+        return [_aligned(array.ctypes.data) for array in arrays]
 
     def load(
         self, loads: Sequence[Load], on_progress: Progress | None = None, cancel: CancelToken | None = None
     ) -> None:
         """See `Memory.load`."""
-        total, done = sum(load.source.nbytes for load in loads), 0
-        with ThreadPoolExecutor(min(usable_cores(), MOST_THREADS)) as pool:
-
-            def carry(piece: Load) -> int:
-                if cancel is not None:
-                    cancel.raise_if_cancelled()
-                piece.apply(view(piece.address, piece.nbytes))
-                return piece.source.nbytes
-
-            for count in pool.map(carry, (piece for load in loads for piece in load.pieces(PIECE_BYTES))):
-                done += count
-                if on_progress is not None:
-                    on_progress(done, total)
+        carry_all(loads, lambda piece: piece.apply(view(piece.address, piece.nbytes)), on_progress, cancel)
 
     def close(self) -> None:
         """See `Memory.close`."""
         self._arrays.clear()
+
+
+def carry_all(
+    loads: Sequence[Load], carry: Callable[[Load], None], on_progress: Progress | None, cancel: CancelToken | None
+) -> None:
+    """Call `carry` with every piece of `loads`, in several threads. Raises what it raises, and `Cancelled`."""
+    total, done = sum(load.source.nbytes for load in loads), 0
+    pieces = (piece for load in loads for piece in load.pieces(PIECE_BYTES))
+
+    def one(piece: Load) -> int:
+        if cancel is not None:
+            cancel.raise_if_cancelled()
+        carry(piece)
+        return piece.source.nbytes
+
+    with ThreadPoolExecutor(min(usable_cores(), MOST_THREADS), "weights") as pool:
+        try:
+            for count in pool.map(one, pieces):
+                done += count
+                if on_progress is not None:
+                    on_progress(done, total)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def view(address: int, nbytes: int) -> np.ndarray:

@@ -40,6 +40,7 @@ class DeviceWeights:
         """Allocates and loads; raises `UserError` when memory is too small and `Cancelled`."""
         self._memory = memory
         self._addresses: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
         self._shared: set[str] = set()
         self._loads: list[Load] = []
         for name, weight in package.weights.items():
@@ -51,14 +52,16 @@ class DeviceWeights:
         self._embedding = self._add_embedding(package)
         self.experts = ExpertMemory(package, memory, placement or ExpertPlacement())
         self._addresses |= {name: tensor.address for name, tensor in self.experts.tensors.items()}
+        self._sizes |= {name: tensor.nbytes for name, tensor in self.experts.tensors.items()}
         self._shared |= self.experts.tensors.keys()
         memory.load([*self._loads, *self.experts.loads], on_progress, cancel)
         self._loads = self.experts.loads = []
 
     def _add(self, name: str, source: np.ndarray, where: Where = "device", halve: bool = False) -> None:
         change: Change = "half" if halve and source.dtype == np.float32 else "copy"
-        address = self._addresses[name] = self._memory.allocate(loaded_bytes(source, change), where)
-        self._loads.append(Load(source, address, change))
+        self._sizes[name] = loaded_bytes(source, change)
+        (self._addresses[name],) = self._memory.allocate([self._sizes[name]], where)
+        self._loads.append(Load(source, self._addresses[name], change, where))
 
     def _add_part(self, package: Package, name: str, part: LinearPart) -> None:
         if part.values is not None:
@@ -85,11 +88,15 @@ class DeviceWeights:
         """Of a weight's array; see the class for its name."""
         return self._addresses[name]
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every array, constants left out, by its name."""
+        return dict(self._sizes)
+
     def constant(self, name: str, values: np.ndarray) -> int:
         """Of an array that is made at load, kept once for each name, which is no weight's."""
         if name not in self._addresses:
             values = np.ascontiguousarray(values)
-            self._addresses[name] = self._memory.allocate(values.nbytes)
+            (self._addresses[name],) = self._memory.allocate([values.nbytes])
             self._memory.load([Load(values, self._addresses[name])])
         return self._addresses[name]
 

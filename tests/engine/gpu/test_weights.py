@@ -14,7 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "gpu"))
 import gpu_checkpoints
 
 from lsp_agent.cancel import CancelToken
+from lsp_agent.engine.architectures import architecture
 from lsp_agent.engine.checkpoints.importing import import_checkpoint
+from lsp_agent.engine.cuda_graph import CudaGraph
+from lsp_agent.engine.decoder import build_decoder
 from lsp_agent.engine.embedding import Embedding
 from lsp_agent.engine.gpu.expert_memory import ExpertPlacement
 from lsp_agent.engine.gpu.memory import HostMemory, Load, view
@@ -93,6 +96,16 @@ def test_the_table_leads_to_each_experts_arrays(package, scheme, where):
             np.testing.assert_array_equal(found, stored[expert].astype(dtype), err_msg=f"{field} of {expert}")
 
 
+def test_dense_experts_are_kept_in_16_bits_but_have_no_table(package):
+    one = package("keep")
+    weights = DeviceWeights(one, HostMemory())
+    extent = one.weights[DOWN].part.values
+    stored = at(weights.address(DOWN), extent.shape, np.float16)
+    np.testing.assert_array_equal(stored, one.array(extent).astype(np.float16))
+    with pytest.raises(ValueError, match="not quantised"):
+        weights.expert_table(GATE_UP, DOWN)
+
+
 def test_layers_that_share_bytes_on_disk_do_not_share_memory(package):
     one = package("int4")
     shared = Package(one.path)
@@ -160,6 +173,21 @@ def test_a_session_reads_the_same_memory(package):
     np.testing.assert_allclose(session.run(None, {"x": values})[0], 2 * found.astype(np.float32), rtol=0.01, atol=0.01)
 
 
+@pytest.mark.parametrize("scheme", ["keep", "int8", "int4", "int4-asymmetric", "mxfp4"])
+def test_every_initialiser_of_the_gpus_graph_that_is_not_in_it_has_its_memory(package, scheme):
+    one = package(scheme)
+    graph = CudaGraph(one, 64, shared=True)
+    build_decoder(architecture(one.config.architecture), one.config, graph)
+    model, weights = graph.model(), DeviceWeights(one, HostMemory())
+    sizes = weights.sizes()
+    outside = [t for t in model.graph.initializer if t.external_data and t.name not in graph.in_memory]
+    assert len(weights.share(model, ort.SessionOptions(), "cpu")) == len(outside) > 6
+    for tensor in outside:
+        itemsize = 2 if tensor.data_type == TensorProto.FLOAT16 else 1
+        assert sizes[tensor.name] == np.prod(tensor.dims) * itemsize, tensor.name
+    assert not any(values.nbytes > 1 << 20 for values in graph.in_memory.values())
+
+
 def test_loading_tells_its_progress_and_stops_when_cancelled(package):
     one = package("int4")
     reports = []
@@ -181,9 +209,10 @@ def test_pieces_add_up_to_the_whole(change):
         random.randn(100, 7).astype(np.float32) if change == "half" else random.randint(0, 256, (40, 128), np.uint8)
     )
     memory = HostMemory()
-    whole = Load(source, memory.allocate(source.nbytes), change)
+    first, second = memory.allocate([source.nbytes] * 2)
+    whole = Load(source, first, change)
     whole.apply(view(whole.address, whole.nbytes))
-    pieces = Load(source, memory.allocate(source.nbytes), change)
+    pieces = Load(source, second, change)
     count = 0
     for piece in pieces.pieces(1000):
         piece.apply(view(piece.address, piece.nbytes))

@@ -1,0 +1,238 @@
+"""The kernels of a decode step's mixture of experts: the router's choice, and what the chosen experts compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lsp_agent.engine.gpu.launch import Launch
+from lsp_agent.engine.gpu.projection import Segment
+
+WARP = 32
+LANE_BYTES = 16
+MOST_USED = 32
+"""Experts of a token: a lane of a warp holds each."""
+MXFP4_STEP, MXFP4_GROUP = 16, 32
+"""Columns and rows of MXFP4 codes that a thread multiplies."""
+
+
+@dataclass(frozen=True)
+class ExpertForm:
+    """How the routed experts' weights are stored.
+
+    element "int": 4- or 8-bit codes as `packing` lays them out, fp16 scales for each `block` of columns, perhaps
+    `zero_points`. "e2m1": MXFP4, codes [columns, rows / 2], the even row in the low nibble, and E8M0 scales [rows,
+    columns / 32], or [columns / 32, rows] if `scales_by_block`.
+    """
+
+    element: Literal["int", "e2m1"]
+    bits: int = 4
+    block: int = 32
+    zero_points: bool = False
+    scales_by_block: bool = False
+
+    @property
+    def addresses(self) -> int:
+        """Columns of an expert's row in the table: codes and scales of gate and up, of down, then their zero points."""
+        return 6 if self.zero_points else 4
+
+
+@dataclass(frozen=True)
+class ExpertSizes:
+    """`count` experts, of which each token uses `used`: [hidden] to [width] and back."""
+
+    count: int
+    used: int
+    hidden: int
+    width: int
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """The expert of all tokens: its down projection `down`, `width` columns; in the router's row r its gate and up
+    projections begin at `offset` (gates first), the logit of its own gate is at `gate`."""
+
+    down: Segment
+    width: int
+    offset: int
+    gate: int
+
+
+@dataclass(frozen=True)
+class ExpertTuning:
+    """How the kernels spread their work; the results are the same up to rounding.
+
+    Integers: a warp owns `up_rows` or `down_rows` rows, a block has `up_warps` or `down_warps` warps. MXFP4: a block
+    owns `up_block` or `down_block` rows, a multiple of 32.
+    """
+
+    up_rows: int = 8
+    up_warps: int = 4
+    down_rows: int = 4
+    down_warps: int = 2
+    up_block: int = 64
+    down_block: int = 128
+
+
+@dataclass(frozen=True)
+class ExpertKernel:
+    """A launch with the memory that its kernel wants besides its tensors; 0 where it wants none.
+
+    `scratch`: fp32 elements of the last output. `counters`: int32, zeroed once; every launch leaves them at zero.
+    """
+
+    launch: Launch
+    scratch: int = 0
+    counters: int = 0
+
+
+def route(batch: int, sizes: ExpertSizes, stride: int, normalise: bool) -> Launch:
+    """The experts of each token. Arguments: r f32 [batch, stride], the router's logits first; experts i32 and weights
+    f32 [batch, used], the largest logit first, ties to the lower index. Weights are a softmax over those chosen
+    (`normalise`) or over all."""
+    if sizes.used > min(MOST_USED, sizes.count):
+        raise ValueError(f"{sizes.used} of {sizes.count} experts for a token: at most {MOST_USED}")
+    macros = {
+        "BATCH": batch,
+        "EXPERTS": sizes.count,
+        "USED": sizes.used,
+        "R_STRIDE": stride,
+        "NORMALISE": int(normalise),
+    }
+    return Launch("route", _macros(macros), (batch, 1, 1), (WARP, 1, 1))
+
+
+def experts_up(batch: int, sizes: ExpertSizes, form: ExpertForm, tuning: ExpertTuning | None = None) -> ExpertKernel:
+    """`silu(gate) * up` of the chosen experts. Arguments: normed h [batch, hidden], experts i32 [batch, used]; act h
+    [batch, used, width]; table i64 [count, form.addresses]. Rows of gate and up alternate, the gate first."""
+    tuning = tuning or ExpertTuning()
+    _check(sizes, form)
+    macros = _common(batch, sizes, form)
+    if form.element == "e2m1":
+        rows = _part(2 * sizes.width, tuning.up_block, MXFP4_GROUP)
+        threads = _threads(rows, sizes.hidden)
+        macros |= {"BLOCK_ROWS": rows, "THREADS": threads}
+        grid = (2 * sizes.width // rows, batch * sizes.used, 1)
+        launch = Launch("mxfp4_up", _macros(macros), grid, (threads, 1, 1), threads * MXFP4_STEP * LANE_BYTES)
+        return ExpertKernel(launch)
+    per_warp = _part(2 * sizes.width, tuning.up_rows, 2)
+    warps = _part(2 * sizes.width // per_warp, tuning.up_warps)
+    lane_chunks = _ceil(sizes.hidden * form.bits // 8, WARP * LANE_BYTES)
+    macros |= {"ROWS": per_warp, "WARPS": warps}
+    grid = (2 * sizes.width // (per_warp * warps), batch * sizes.used, 1)
+    shared = per_warp * lane_chunks * warps * WARP * LANE_BYTES
+    return ExpertKernel(Launch("experts_up", _macros(macros), grid, (warps * WARP, 1, 1), shared))
+
+
+def experts_down(
+    batch: int,
+    sizes: ExpertSizes,
+    form: ExpertForm,
+    stride: int,
+    shared: SharedExpert | None,
+    tuning: ExpertTuning | None = None,
+) -> ExpertKernel:
+    """The weighted sum of the chosen experts, and of the shared one behind its gate.
+
+    Arguments: act h [batch, used, width], experts i32 and weights f32 [batch, used], r f32 [batch, stride] (null
+    without shared expert); out h [batch, hidden], and, if the kernel wants it, its scratch; table i64 [count,
+    form.addresses], if wanted counters, then codes, scales and zero points of `shared.down` (null if there are none).
+    """
+    tuning = tuning or ExpertTuning()
+    _check(sizes, form)
+    macros = _common(batch, sizes, form) | {"R_STRIDE": stride} | _shared(sizes, shared)
+    if form.element == "e2m1":
+        rows = _part(sizes.hidden, tuning.down_block, MXFP4_GROUP)
+        threads = _threads(rows, sizes.width)
+        parts = sizes.used + (shared is not None)
+        macros |= {"BLOCK_ROWS": rows, "THREADS": threads}
+        if shared is not None:
+            each = _ceil(shared.width * shared.down.bits // 8, WARP * LANE_BYTES)
+            macros["SHARED_ROWS"] = _part(rows // (threads // WARP), MXFP4_STEP // each)
+        grid = (sizes.hidden // rows, parts, batch)
+        launch = Launch("mxfp4_down", _macros(macros), grid, (threads, 1, 1), threads * MXFP4_STEP * LANE_BYTES)
+        return ExpertKernel(launch, batch * parts * sizes.hidden, batch * (sizes.hidden // rows))
+    per_warp = _part(sizes.hidden, tuning.down_rows)
+    warps = _part(sizes.hidden // per_warp, tuning.down_warps)
+    items = _ceil(sizes.used * sizes.width * form.bits // 8, WARP * LANE_BYTES)
+    if shared is not None and shared.down.bits != 16:
+        items += _ceil(shared.width * shared.down.bits // 8, WARP * LANE_BYTES)
+    macros |= {"ROWS": per_warp, "WARPS": warps}
+    grid = (sizes.hidden // (per_warp * warps), batch, 1)
+    return ExpertKernel(
+        Launch(
+            "experts_down", _macros(macros), grid, (warps * WARP, 1, 1), items * per_warp * warps * WARP * LANE_BYTES
+        )
+    )
+
+
+def _check(sizes: ExpertSizes, form: ExpertForm) -> None:
+    for columns in (sizes.hidden, sizes.width):
+        if form.element == "e2m1" and columns % MXFP4_GROUP:
+            raise ValueError(
+                f"MXFP4 experts of {sizes.width} x {sizes.hidden}: both must be multiples of {MXFP4_GROUP}"
+            )
+        if form.element == "int" and (columns % 64 or columns % form.block or form.bits not in (4, 8)):
+            raise ValueError(f"{form.bits}-bit experts with {columns} columns in blocks of {form.block}")
+    if sizes.used > MOST_USED:
+        raise ValueError(f"{sizes.used} experts for a token: at most {MOST_USED}")
+
+
+def _common(batch: int, sizes: ExpertSizes, form: ExpertForm) -> dict[str, int]:
+    macros = {
+        "BATCH": batch,
+        "USED": sizes.used,
+        "HIDDEN": sizes.hidden,
+        "WIDTH": sizes.width,
+        "ADDRESSES": form.addresses,
+    }
+    if form.element == "e2m1":
+        return macros | {"SCALES_BY_BLOCK": int(form.scales_by_block)}
+    return macros | {"BITS": form.bits, "BLOCK": form.block, "ZERO": int(form.zero_points)}
+
+
+def _shared(sizes: ExpertSizes, shared: SharedExpert | None) -> dict[str, int]:
+    if shared is None:
+        return {"SHARED_WIDTH": 0}
+    down = shared.down
+    if down.rows != sizes.hidden or (down.bits != 16 and shared.width % down.block):
+        raise ValueError(
+            f"a shared expert of {down.rows} x {shared.width} {down.bits}-bit codes in blocks of {down.block}"
+        )
+    if down.bits != 16 and down.block * down.bits % (8 * LANE_BYTES):
+        raise ValueError(f"a shared expert of {down.bits}-bit codes in blocks of {down.block}")
+    return {
+        "SHARED_WIDTH": shared.width,
+        "SHARED_OFFSET": shared.offset,
+        "GATE_OFFSET": shared.gate,
+        "SHARED_BITS": down.bits,
+        "SHARED_BLOCK": down.block,
+        "SHARED_SCALE_HALF": int(down.half_scales),
+        "SHARED_ZERO": int(down.zero_points),
+    }
+
+
+def _threads(rows: int, columns: int) -> int:
+    """Threads of a block that multiplies all columns of its rows."""
+    threads = _ceil(rows // MXFP4_GROUP * columns // MXFP4_STEP, WARP) * WARP
+    if threads > 1024:
+        raise ValueError(f"MXFP4 experts with {columns} columns")
+    return threads
+
+
+def _part(whole: int, wanted: int, least: int = 1) -> int:
+    """The largest size up to `wanted` that divides `whole`: `least` times a power of two."""
+    if whole % least:
+        raise ValueError(f"experts of {whole} rows: the kernels take multiples of {least}")
+    part = least
+    while 2 * part <= wanted and whole % (2 * part) == 0:
+        part *= 2
+    return part
+
+
+def _ceil(number: int, by: int) -> int:
+    return -(-number // by)
+
+
+def _macros(values: dict[str, int]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, str(value)) for name, value in values.items())

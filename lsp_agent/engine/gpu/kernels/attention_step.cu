@@ -113,7 +113,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __shared__ __align__(16) float staged[STAGED]; // first the queries, at the end the teams' results
     __shared__ __align__(16) float weights[TEAMS][SCORES];
     __shared__ float decays[TEAMS][PADDED], team_best[TEAMS][PADDED], team_total[TEAMS][PADDED];
-    __shared__ float best_of[PART], total_of[PART];
 
     const long long cached = ((long long)sequence * KV_HEADS + kv_head) * capacity * HEAD;
     uint4 keys[TOKENS], values[TOKENS];
@@ -225,6 +224,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     }
 
+    const long long of_heads = ((long long)sequence * KV_HEADS + kv_head) * PARTS + part;
+    float *out = y + ((long long)sequence * KV_HEADS + kv_head) * GROUP * HEAD;
+    __half *partial = (__half *)scratch + of_heads * SPLITS * PART * HEAD;
+    float2 *statistics = (float2 *)(scratch + (long long)BATCH * KV_HEADS * PARTS * SPLITS * PART * (HEAD / 2)) +
+                         of_heads * SPLITS * PART;
+
     // The teams' results become one: scaled to the same highest score, and to weights that sum to one.
     total = warp_sum<HEAD_LANES>(total) / COPIES;
     team_best[team][first / TOKENS] = best;
@@ -236,18 +241,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const float block_best = warp_max(others_best), factor = exp2f(others_best - block_best);
         const float block_total = warp_sum(other < TEAMS ? factor * team_total[other][h] : 0.0f);
         if (other < TEAMS) decays[other][h] = factor / block_total;
-        if (other == 0) {
-            best_of[h] = block_best;
-            total_of[h] = block_total;
-        }
+        if (other == 0 && active > 1) statistics[split * PART + h] = make_float2(block_best, block_total);
     }
     __syncthreads();
 
-    const long long of_heads = ((long long)sequence * KV_HEADS + kv_head) * PARTS + part;
-    float *out = y + ((long long)sequence * KV_HEADS + kv_head) * GROUP * HEAD;
-    __half *partial = (__half *)scratch + of_heads * SPLITS * PART * HEAD;
-    float2 *statistics = (float2 *)(scratch + (long long)BATCH * KV_HEADS * PARTS * SPLITS * PART * (HEAD / 2)) +
-                         of_heads * SPLITS * PART;
     // Of PART heads, those that belong to the group
     const int heads = GROUP - part * PART < PART ? GROUP - part * PART : PART;
 #pragma unroll
@@ -291,13 +288,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         __syncthreads();
     }
     if (active == 1) return;
-    if (threadIdx.x < PART) {
-        const int h = threadIdx.x;
-        statistics[split * PART + h] = make_float2(best_of[h], total_of[h]);
-    }
 
     __shared__ int is_last;
-    __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
         is_last = atomicAdd(&counters[of_heads], 1) == active - 1;

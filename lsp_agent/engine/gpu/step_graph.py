@@ -17,16 +17,17 @@ from lsp_agent.engine.architecture import ModelConfig
 from lsp_agent.engine.architectures import architecture
 from lsp_agent.engine.decoder import HEAD
 from lsp_agent.engine.delta_net import GatedDeltaNet
-from lsp_agent.engine.gpu import projection, sequence_kernels
+from lsp_agent.engine.gpu import expert_kernels, projection, sequence_kernels
 from lsp_agent.engine.gpu.compiler import KernelCompiler
+from lsp_agent.engine.gpu.expert_kernels import ExpertForm, ExpertSizes, SharedExpert
 from lsp_agent.engine.gpu.launch import Launch
 from lsp_agent.engine.gpu.operators import DOMAIN, Output, launch_node
 from lsp_agent.engine.gpu.projection import Norm, Prologue, Segment
 from lsp_agent.engine.gpu.weights import DeviceWeights
 from lsp_agent.engine.graph import IR_VERSION, OPSET
 from lsp_agent.engine.layers import Attention, DenseMlp
-from lsp_agent.engine.moe import MoeMlp
-from lsp_agent.engine.package import Extent, Linear, Package
+from lsp_agent.engine.moe import SHARED, MoeMlp
+from lsp_agent.engine.package import Experts, Extent, Linear, Package
 from lsp_agent.engine.rotary import rotary_tables
 from lsp_agent.engine.state import StateSpec
 
@@ -179,6 +180,42 @@ class StepGraph:
         names = [f"{prefix}.ffn_{part}{layer.suffix}" for part in ("gate", "up", "down")]
         packed, residual, _ = self._normed(residual, delta, f"{prefix}.ffn_norm", names[:2])
         return residual, self._projected(projection.Swiglu(), [packed], names[2])
+
+    def _mixture(self, layer: MoeMlp, prefix: str, residual: str, delta: str) -> tuple[str, str]:
+        sizes = ExpertSizes(layer.experts.count, layer.experts.used, self._config.hidden, layer.experts.intermediate)
+        router, gate_up, down = (f"{prefix}.{name}" for name in ("ffn_gate_inp", "experts_gate_up", "experts_down"))
+        linears, shared = [router], None
+        shared_down: list[int] = [0, 0, 0]
+        if layer.shared:
+            linears += [f"{router}{SHARED}", *(f"{prefix}.ffn_{part}{SHARED}" for part in ("gate", "up"))]
+            (segment, *others), _, shared_down = self._segments([f"{prefix}.ffn_down{SHARED}"])
+            if others:
+                raise NoKernel(f"{prefix}.ffn_down{SHARED} has parts of several formats")
+            shared = SharedExpert(segment, layer.experts.shared_intermediate, sizes.count + 1, sizes.count)
+        r, residual, normed = self._normed(residual, delta, f"{prefix}.ffn_norm", linears, normed=True)
+        stride, form, batch = self._rows(linears), self._expert_form(gate_up, down), self._batch
+        table = self._weights.expert_table(gate_up, down)
+        used, width = sizes.used, sizes.width
+        route = expert_kernels.route(batch, sizes, stride, layer.experts.normalise)
+        experts, weights = self._launch(route, [r], [("i", used), ("f", used)], [])
+        up = expert_kernels.experts_up(batch, sizes, form)
+        (activations,) = self._launch(up.launch, [normed, experts], [("h", used * width)], [table])
+        kernel = expert_kernels.experts_down(batch, sizes, form, stride, shared)
+        results: list[Result] = [("h", sizes.hidden)]
+        if kernel.scratch:
+            results.append(("f", -(-kernel.scratch // batch)))
+        counters = [self._counters(kernel.counters)] if kernel.counters else []
+        inputs = [activations, experts, weights, r if shared else ""]
+        delta, *_ = self._launch(kernel.launch, inputs, results, [table, *counters, *shared_down])
+        return residual, delta
+
+    def _expert_form(self, gate_up: str, down: str) -> ExpertForm:
+        first, second = (self._package.weights[name] for name in (gate_up, down))
+        assert isinstance(first, Experts) and isinstance(second, Experts)
+        form = first.part.format
+        if form is None or second.part.format != form or form.corrected:
+            raise NoKernel(f"{gate_up} in a format that the kernels do not read")
+        return ExpertForm(form.element, form.bits, form.block, form.asymmetric)
 
     # Pieces.
 

@@ -389,6 +389,7 @@ project(
     NormWeight weight;
     weight.load(norm_weight);
 #endif
+    grid_launch_dependents(); // whose own weights may be on their way while this kernel computes
     grid_dependency_wait();
 #if PROLOGUE == NORM
 #if !DELTA

@@ -10,8 +10,8 @@ from lsp_agent.engine.cuda_graph import CudaGraph
 from lsp_agent.engine.decoder import build_decoder
 from lsp_agent.engine.device import bind_input, bind_output
 from lsp_agent.engine.gpu.cuda_memory import CudaMemory
-from lsp_agent.engine.gpu.expert_memory import ExpertPlacement
 from lsp_agent.engine.gpu.memory import HostMemory, view
+from lsp_agent.engine.gpu.placement import Placement
 from lsp_agent.engine.gpu.weights import DeviceWeights
 
 pytestmark = pytest.mark.gpu
@@ -23,7 +23,7 @@ SCHEMES = ["keep", "int8", "int4", "int4-64", "int4-asymmetric", "mxfp4"]
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_gpu_holds_what_main_memory_would(cuda, package, scheme, where):
     one = package("qwen3-next", scheme)
-    here, there = (DeviceWeights(one, memory, ExpertPlacement(where)) for memory in (HostMemory(), CudaMemory()))
+    here, there = (DeviceWeights(one, memory, Placement(where)) for memory in (HostMemory(), CudaMemory()))
     sizes = there.sizes()
     assert sizes == here.sizes() and len(sizes) > 30
     for name, nbytes in sizes.items():
@@ -69,7 +69,7 @@ def prefill(cuda, package, weights):
 def test_a_session_over_shared_weights_computes_the_same(cuda, package, scheme, where):
     one = package("qwen3-next", scheme)
     wanted = prefill(cuda, one, None)
-    weights = DeviceWeights(one, CudaMemory(), ExpertPlacement(where))
+    weights = DeviceWeights(one, CudaMemory(), Placement(where))
     found = prefill(cuda, one, weights)
     assert np.isfinite(found).all()
     error = np.abs(found - wanted).max() / np.abs(wanted).max()

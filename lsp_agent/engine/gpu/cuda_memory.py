@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from lsp_agent.cancel import CancelToken
 from lsp_agent.engine.gpu.compiler import CudaCompiler
 from lsp_agent.engine.gpu.memory import ALIGNMENT, PIECE_BYTES, Load, Progress, Where, carry_all, view
@@ -140,6 +142,27 @@ class CudaMemory:
         self._cupy.cuda.driver.launchKernel(
             self._compiler.function(launch), *launch.grid, *launch.block, 0, stream.ptr, ctypes.addressof(pointers), 0
         )
+
+    def store(self, values: np.ndarray) -> int:
+        """See `Memory.store`."""
+        values = np.ascontiguousarray(values)
+        (address,) = self.allocate([values.nbytes])
+        self._cupy.cuda.runtime.memcpy(address, values.ctypes.data, values.nbytes, _COPY_DEFAULT)
+        return address
+
+    def copy(self, pieces: Sequence[tuple[int, int, int]]) -> None:
+        """See `Memory.copy`."""
+        stream = self._cupy.cuda.Stream(non_blocking=True)
+        for source, target, nbytes in pieces:
+            self._cupy.cuda.runtime.memcpyAsync(target, source, nbytes, _COPY_DEFAULT, stream.ptr)
+        stream.synchronize()
+
+    def read(self, address: int, nbytes: int) -> np.ndarray:
+        """See `Memory.read`."""
+        values = np.empty(nbytes, np.uint8)
+        self._cupy.cuda.runtime.deviceSynchronize()
+        self._cupy.cuda.runtime.memcpy(values.ctypes.data, address, nbytes, _COPY_DEFAULT)
+        return values
 
     def close(self) -> None:
         """See `Memory.close`."""

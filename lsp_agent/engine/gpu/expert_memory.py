@@ -4,55 +4,92 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from lsp_agent.engine.gpu.memory import Change, Load, Memory, Where, loaded_bytes
+from lsp_agent.engine.gpu.placement import Placement
 from lsp_agent.engine.package import Experts, Package
 
 FIELDS = ("codes", "scales", "zero_points")
-
-
-@dataclass(frozen=True)
-class ExpertPlacement:
-    """resident: all experts in the GPU's memory. host: all in page-locked main memory, read in place by the kernels."""
-
-    where: Literal["resident", "host"] = "resident"
+EMPTY = -1
+"""No expert, or no slot."""
 
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """An array of all experts of a layer, one after another, `stride` bytes each, `nbytes` in all."""
+    """An array of all experts, or of all slots, of a layer, one after another, `stride` bytes each, `nbytes` in all."""
 
     address: int
     stride: int
     nbytes: int
+
+    def of(self, index: int) -> int:
+        """Where one expert's part begins."""
+        return self.address + index * self.stride
+
+
+@dataclass(frozen=True)
+class ExpertCache:
+    """Device addresses of a layer's arrays by which kernels keep the experts of late in `slots` of the GPU's memory.
+
+    `strides`: bytes of each part of an expert. `table` int64 [experts, parts]: where each expert's parts lie now, see
+    `ExpertMemory.table`. `home` int64 [experts, parts]: where they lie in main memory, always. `places` int64 [slots,
+    parts]: where they lie in each slot. `slot_of` int32 [experts]: the slot of each expert, or -1. `expert_in` int32
+    [slots]: the expert in each. `last_used` int32 [slots]: the value of `clock` (int32 [1]) when it was used last; both
+    are 0 at first. `uses` int32 [experts]: how often each was routed since the model was loaded.
+
+    Who fills slot s with expert e copies `strides` bytes of each part, sets the table's row of e to that of s in
+    `places`, and the row of the expert that is displaced to its row in `home`.
+    """
+
+    slots: int
+    strides: tuple[int, ...]
+    table: int
+    home: int
+    places: int
+    slot_of: int
+    expert_in: int
+    last_used: int
+    clock: int
+    uses: int
 
 
 class ExpertMemory:
     """Memory for the experts of all layers, by the names of their weights (`blk.0.experts_gate_up`).
 
     Integer codes are packed as `packing` says, fp32 scales kept in 16 bits; MXFP4 is kept as it is in the package.
+    Where they lie is `placement`'s to say. `loads` must be carried before a table is asked for: slots are then filled
+    with the experts that were routed most by `uses`, [experts] by the name of gate and up.
     """
 
-    def __init__(self, package: Package, memory: Memory, placement: ExpertPlacement) -> None:
+    def __init__(
+        self, package: Package, memory: Memory, placement: Placement, uses: dict[str, np.ndarray] | None = None
+    ) -> None:
         self._memory, self.placement = memory, placement
-        self._count: dict[str, int] = {}
-        self._tables: dict[tuple[str, str], int] = {}
+        self._known_uses = uses or {}
+        self._counts: dict[str, int] = {}
+        self._tables: dict[str, int] = {}
+        self._caches: dict[str, ExpertCache] = {}
+        self._slots: dict[str, ExpertTensor] = {}
         self.tensors: dict[str, ExpertTensor] = {}
         self.loads: list[Load] = []
         found: list[tuple[str, str, np.ndarray, Change]] = []
-        where: Where = "device" if placement.where == "resident" else "host"
+        where: Where = "device" if placement.kind == "resident" else "host"
         for name, weight in package.weights.items():
             if isinstance(weight, Experts):
-                self._count[name] = weight.count
+                self._counts[name] = weight.count
                 found += [(key, name, source, change) for key, source, change in arrays(package, name, weight)]
         sizes = [loaded_bytes(source, change) for _, _, source, change in found]
         addresses = memory.allocate(sizes, where)
         for (key, name, source, change), nbytes, address in zip(found, sizes, addresses, strict=True):
-            self.tensors[key] = ExpertTensor(address, nbytes // self._count[name], nbytes)
+            self.tensors[key] = ExpertTensor(address, nbytes // self._counts[name], nbytes)
             self.loads.append(Load(source, address, change, where))
+        if placement.kind == "hybrid":
+            for key, name, *_ in found:
+                stride, slots = self.tensors[key].stride, min(placement.slots, self._counts[name])
+                (address,) = memory.allocate([stride * slots])
+                self._slots[key] = ExpertTensor(address, stride, stride * slots)
 
     def table(self, gate_up: str, down: str) -> int:
         """The address of a layer's table, int64 [experts, 4 or 6]: where each expert's gate and up codes, their scales,
@@ -60,21 +97,60 @@ class ExpertMemory:
 
         Raises `ValueError` for experts that are not quantised.
         """
-        if (gate_up, down) not in self._tables:
-            rows = np.arange(self._count[gate_up], dtype=np.int64)
-            columns = [rows * tensor.stride + tensor.address for tensor in self._layer(gate_up, down)]
-            table = np.stack(columns, axis=1)
-            (address,) = self._memory.allocate([table.nbytes])
-            self._memory.load([Load(table, address)])
-            self._tables[gate_up, down] = address
-        return self._tables[gate_up, down]
+        if gate_up not in self._tables:
+            cache = self.cache(gate_up, down)
+            table = self._places(self._parts(self.tensors, gate_up, down), self._counts[gate_up])
+            self._tables[gate_up] = cache.table if cache else self._memory.store(table)
+        return self._tables[gate_up]
 
-    def _layer(self, gate_up: str, down: str) -> list[ExpertTensor]:
+    def cache(self, gate_up: str, down: str) -> ExpertCache | None:
+        """The slots of a layer, filled; None where the experts do not move. Raises `ValueError` as `table` does."""
+        if self.placement.kind != "hybrid":
+            return None
+        if gate_up not in self._caches:
+            self._caches[gate_up] = self._fill(gate_up, down)
+        return self._caches[gate_up]
+
+    def _fill(self, gate_up: str, down: str) -> ExpertCache:
+        count = self._counts[gate_up]
+        homes, slots = (self._parts(tensors, gate_up, down) for tensors in (self.tensors, self._slots))
+        home, places = self._places(homes, count), self._places(slots, min(self.placement.slots, count))
+        uses = self._known_uses.get(gate_up, np.zeros(0))
+        if uses.shape != (count,):
+            uses = np.zeros(count)
+        hottest = np.argsort(-uses, kind="stable")[: len(places)]  # of those used alike the first ones
+        copies = [
+            (int(home[expert, part]), int(places[slot, part]), tensor.stride)
+            for part, tensor in enumerate(homes)
+            for slot, expert in enumerate(hottest)
+        ]
+        self._memory.copy(copies)
+        table, slot_of = home.copy(), np.full(count, EMPTY, np.int32)
+        table[hottest], slot_of[hottest] = places, np.arange(len(places), dtype=np.int32)
+        zeros = [np.zeros(size, np.int32) for size in (len(places), 1, count)]
+        known = (table, home, places, slot_of, hottest.astype(np.int32), *zeros)
+        addresses = [self._memory.store(array) for array in known]
+        return ExpertCache(len(places), tuple(tensor.stride for tensor in homes), *addresses)
+
+    def uses(self) -> dict[str, np.ndarray]:
+        """How often each expert was routed since the model was loaded, int32 [experts], by the name of gate and up."""
+        return {
+            name: self._memory.read(cache.uses, 4 * self._counts[name]).view(np.int32)
+            for name, cache in self._caches.items()
+        }
+
+    @staticmethod
+    def _places(parts: list[ExpertTensor], count: int) -> np.ndarray:
+        rows = np.arange(count, dtype=np.int64)
+        return np.stack([rows * part.stride + part.address for part in parts], axis=1)
+
+    @staticmethod
+    def _parts(tensors: dict[str, ExpertTensor], gate_up: str, down: str) -> list[ExpertTensor]:
         keys = [f"{name}.{field}" for name in (gate_up, down) for field in ("codes", "scales")]
         keys += [f"{name}.zero_points" for name in (gate_up, down)]
-        if keys[0] not in self.tensors:
+        if keys[0] not in tensors:
             raise ValueError(f"{gate_up} is not quantised")
-        return [self.tensors[key] for key in keys if key in self.tensors]
+        return [tensors[key] for key in keys if key in tensors]
 
 
 def arrays(package: Package, name: str, experts: Experts) -> Iterator[tuple[str, np.ndarray, Change]]:

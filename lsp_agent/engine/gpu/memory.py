@@ -78,6 +78,15 @@ class Memory(Protocol):
     ) -> None:
         """Carry arrays to their addresses, several at once. Raises `Cancelled`; memory is then half full."""
 
+    def store(self, values: np.ndarray) -> int:
+        """The address of new memory of the device with a copy of a small array."""
+
+    def copy(self, pieces: Sequence[tuple[int, int, int]]) -> None:
+        """Copy from one address to another so many bytes, for each of `pieces`."""
+
+    def read(self, address: int, nbytes: int) -> np.ndarray:
+        """What lies at an address, uint8 [nbytes], when the device has done all that was asked of it."""
+
     def close(self) -> None:
         """Give everything back. Nothing may use it any longer."""
 
@@ -99,6 +108,21 @@ class HostMemory:
     ) -> None:
         """See `Memory.load`."""
         carry_all(loads, lambda piece: piece.apply(view(piece.address, piece.nbytes)), on_progress, cancel)
+
+    def store(self, values: np.ndarray) -> int:
+        """See `Memory.store`."""
+        (address,) = self.allocate([values.nbytes])
+        view(address, values.nbytes)[...] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        return address
+
+    def copy(self, pieces: Sequence[tuple[int, int, int]]) -> None:
+        """See `Memory.copy`."""
+        for source, target, nbytes in pieces:
+            ctypes.memmove(target, source, nbytes)
+
+    def read(self, address: int, nbytes: int) -> np.ndarray:
+        """See `Memory.read`."""
+        return view(address, nbytes).copy()
 
     def close(self) -> None:
         """See `Memory.close`."""

@@ -1,4 +1,4 @@
-"""A package on the GPU: its weights in memory of our own, a session that reads prompts, and one for each size of step."""
+"""A package on the GPU: its weights in our memory, a session that reads prompts, and one for each size of step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from lsp_agent.engine.cuda_graph import CudaGraph
 from lsp_agent.engine.decoder import build_decoder
 from lsp_agent.engine.device import Array, CudaDevice
 from lsp_agent.engine.gpu.compiler import CudaCompiler
-from lsp_agent.engine.gpu.expert_memory import ExpertPlacement
-from lsp_agent.engine.gpu.memory import CudaMemory, Progress
+from lsp_agent.engine.gpu.cuda_memory import CudaMemory
+from lsp_agent.engine.gpu.memory import Progress
 from lsp_agent.engine.gpu.operators import cuda_launcher, register
+from lsp_agent.engine.gpu.placement import Placement
 from lsp_agent.engine.gpu.step_graph import NoKernel, StepGraph
 from lsp_agent.engine.gpu.steps import StepRunner
 from lsp_agent.engine.gpu.weights import DeviceWeights
@@ -36,15 +37,15 @@ class GpuRuntime:
         device: CudaDevice,
         context: int,
         threads: int,
-        placement: ExpertPlacement | None = None,
+        placement: Placement | None = None,
         on_progress: Progress | None = None,
     ) -> None:
         self._package, self._device, self._context = package, device, context
-        self._weights = DeviceWeights(package, CudaMemory(device), placement, on_progress)
+        self._weights = DeviceWeights(package, CudaMemory(), placement, on_progress)
         address, kind = self._weights.embedding()
         width = {"f16": "float16", "bf16": "uint16", "f32": "float32"}[kind]
         self._table = device.borrow(address, (package.config.vocabulary, package.config.hidden), width)
-        graph = CudaGraph(package, context)
+        graph = CudaGraph(package, context, shared=True)
         build_decoder(architecture(package.config.architecture), package.config, graph)
         self.states = graph.states
         options, model = graph.session_options(threads), graph.model()

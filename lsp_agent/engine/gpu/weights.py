@@ -11,8 +11,10 @@ from onnx import ModelProto, TensorProto, helper
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.engine.decoder import EMBEDDING
-from lsp_agent.engine.gpu.expert_memory import ExpertMemory, ExpertPlacement
+from lsp_agent.engine.gpu.expert_memory import ExpertMemory
+from lsp_agent.engine.gpu.expert_uses import load_uses, save_uses
 from lsp_agent.engine.gpu.memory import Change, Load, Memory, Progress, Where, loaded_bytes
+from lsp_agent.engine.gpu.placement import Placement
 from lsp_agent.engine.graph import IR_VERSION, OPSET
 from lsp_agent.engine.package import Extent, Linear, LinearPart, Package, Rows
 
@@ -33,12 +35,12 @@ class DeviceWeights:
         self,
         package: Package,
         memory: Memory,
-        placement: ExpertPlacement | None = None,
+        placement: Placement | None = None,
         on_progress: Progress | None = None,
         cancel: CancelToken | None = None,
     ) -> None:
         """Allocates and loads; raises `UserError` when memory is too small and `Cancelled`."""
-        self._memory = memory
+        self._package, self._memory = package, memory
         self._addresses: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
         self._shared: set[str] = set()
@@ -50,7 +52,7 @@ class DeviceWeights:
                 for index, part in enumerate(weight.parts):
                     self._add_part(package, f"{name}.{index}", part)
         self._embedding = self._add_embedding(package)
-        self.experts = ExpertMemory(package, memory, placement or ExpertPlacement())
+        self.experts = ExpertMemory(package, memory, placement or Placement("resident"), load_uses(package))
         self._addresses |= {name: tensor.address for name, tensor in self.experts.tensors.items()}
         self._sizes |= {name: tensor.nbytes for name, tensor in self.experts.tensors.items()}
         self._shared |= self.experts.tensors.keys()
@@ -95,9 +97,7 @@ class DeviceWeights:
     def constant(self, name: str, values: np.ndarray) -> int:
         """Of an array that is made at load, kept once for each name, which is no weight's."""
         if name not in self._addresses:
-            values = np.ascontiguousarray(values)
-            (self._addresses[name],) = self._memory.allocate([values.nbytes])
-            self._memory.load([Load(values, self._addresses[name])])
+            self._addresses[name] = self._memory.store(values)
         return self._addresses[name]
 
     def expert_table(self, gate_up: str, down: str) -> int:
@@ -121,7 +121,8 @@ class DeviceWeights:
         return values
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Remember which experts were used most, and give the memory back."""
+        save_uses(self._package, self.experts.uses())
         self._memory.close()
 
 

@@ -19,9 +19,10 @@ from lsp_agent.engine.checkpoints.importing import import_checkpoint
 from lsp_agent.engine.cuda_graph import CudaGraph
 from lsp_agent.engine.decoder import build_decoder
 from lsp_agent.engine.embedding import Embedding
-from lsp_agent.engine.gpu.expert_memory import ExpertPlacement
+from lsp_agent.engine.gpu.expert_uses import load_uses, save_uses, uses_file
 from lsp_agent.engine.gpu.memory import HostMemory, Load, view
 from lsp_agent.engine.gpu.packing import pack_expert_codes
+from lsp_agent.engine.gpu.placement import Placement
 from lsp_agent.engine.gpu.weights import DeviceWeights
 from lsp_agent.engine.package import WEIGHTS, Experts, Extent, Linear, Package
 from lsp_agent.errors import Cancelled
@@ -77,7 +78,7 @@ def test_every_matrix_and_vector_lies_at_its_address(package, scheme):
 @pytest.mark.parametrize("scheme", ["int4", "int4-64", "int4-asymmetric", "int8", "mxfp4"])
 def test_the_table_leads_to_each_experts_arrays(package, scheme, where):
     one = package(scheme)
-    weights = DeviceWeights(one, HostMemory(), ExpertPlacement(where))
+    weights = DeviceWeights(one, HostMemory(), Placement(where))
     gate_up, down = one.weights[GATE_UP], one.weights[DOWN]
     assert isinstance(gate_up, Experts) and isinstance(down, Experts)
     columns = 6 if scheme == "int4-asymmetric" else 4
@@ -94,6 +95,68 @@ def test_the_table_leads_to_each_experts_arrays(package, scheme, where):
         for expert in range(experts.count):
             found = at(int(table[expert, position]), stored.shape[1:], dtype)
             np.testing.assert_array_equal(found, stored[expert].astype(dtype), err_msg=f"{field} of {expert}")
+
+
+def layer_cache(weights, count, parts):
+    """A layer's cache and its arrays as they are in memory."""
+    cache = weights.experts.cache(GATE_UP, DOWN)
+    shapes = {
+        "table": (count, parts), "home": (count, parts), "places": (cache.slots, parts), "slot_of": (count,),
+        "expert_in": (cache.slots,), "last_used": (cache.slots,), "clock": (1,), "uses": (count,),
+    }  # fmt: skip
+    wide = ("table", "home", "places")
+    return cache, {
+        name: at(getattr(cache, name), shape, np.int64 if name in wide else np.int32) for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("scheme", ["int4-asymmetric", "mxfp4"])
+def test_slots_begin_with_the_experts_that_were_routed_most(package, scheme, monkeypatch, tmp_path):
+    monkeypatch.setenv("LSP_AGENT_CACHE_DIR", str(tmp_path))
+    one = package(scheme)
+    count, parts = one.weights[DOWN].count, 6 if scheme == "int4-asymmetric" else 4
+    first = DeviceWeights(one, HostMemory(), Placement("hybrid", 5))
+    cache, arrays = layer_cache(first, count, parts)
+    assert cache.slots == 5 and list(arrays["expert_in"]) == [0, 1, 2, 3, 4]
+    assert first.expert_table(GATE_UP, DOWN) == cache.table
+    arrays["uses"][[7, 30, 2]] = 3, 9, 1
+    first.close()
+    save_uses(one, {"blk.0.experts_gate_up": np.arange(count + 9)})  # of another model: it counts for nothing
+    again = DeviceWeights(one, HostMemory(), Placement("hybrid", 5))
+    cache, arrays = layer_cache(again, count, parts)
+    assert list(arrays["expert_in"]) == [30, 7, 2, 0, 1]
+    assert arrays["slot_of"][30] == 0 and arrays["slot_of"][7] == 1 and arrays["slot_of"][5] == -1
+    for slot, expert in enumerate(arrays["expert_in"]):
+        np.testing.assert_array_equal(arrays["table"][expert], arrays["places"][slot])
+        for part, stride in enumerate(cache.strides):
+            wanted = view(int(arrays["home"][expert, part]), stride)
+            assert wanted.any()
+            np.testing.assert_array_equal(view(int(arrays["places"][slot, part]), stride), wanted)
+    others = arrays["slot_of"] == -1
+    np.testing.assert_array_equal(arrays["table"][others], arrays["home"][others])
+    assert not arrays["uses"].any() and not arrays["last_used"].any() and not arrays["clock"].any()
+
+
+def test_counts_fade_and_damaged_files_count_for_nothing(package, monkeypatch, tmp_path):
+    monkeypatch.setenv("LSP_AGENT_CACHE_DIR", str(tmp_path))
+    one = package("int4")
+    assert load_uses(one) == {}
+    save_uses(one, {"a": np.array([4, 0, 2])})
+    save_uses(one, {"a": np.array([0, 1, 0])})
+    np.testing.assert_array_equal(load_uses(one)["a"], [2, 1, 1])
+    save_uses(one, {"a": np.array([1, 1])})  # other experts than before
+    np.testing.assert_array_equal(load_uses(one)["a"], [1, 1])
+    assert load_uses(package("int8")) == {}
+    whole = uses_file(one).read_bytes()
+    for damaged in (
+        b"",
+        b"damaged",
+        whole[: len(whole) // 2],
+        whole.replace(np.ones(2, np.float32).tobytes(), b"damaged!"),
+    ):
+        uses_file(one).write_bytes(damaged)
+        assert load_uses(one) == {}
+    assert [path.name for path in uses_file(one).parent.iterdir()] == [uses_file(one).name]
 
 
 def test_dense_experts_are_kept_in_16_bits_but_have_no_table(package):

@@ -26,6 +26,7 @@ from lsp_agent.paths import cache_dir
 DOMAIN = "lsp_agent"
 """Of the operators; its version is 1."""
 SOURCE = Path(__file__).parent / "operators.c"
+HEADER = SOURCE.parent / "abi.h"
 OUTPUT_TYPES = {"float16": "h", "float32": "f", "int32": "i"}
 """The letters of an operator's outputs, 1 to 4 of them."""
 
@@ -114,7 +115,7 @@ def register(options: ort.SessionOptions, launcher: Launcher) -> None:
 @cache
 def library() -> Path:
     """The operators' library, built at first use on this machine and kept in the cache folder."""
-    source = SOURCE.read_bytes()
+    source = SOURCE.read_bytes() + HEADER.read_bytes()
     suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
     machine = f"{sys.platform}-{platform.machine().lower()}"
     target = cache_dir() / "operators" / f"{machine}-{hashlib.sha256(source).hexdigest()[:16]}{suffix}"

@@ -7,7 +7,7 @@
 constexpr unsigned FULL_WARP = 0xffffffffu;
 constexpr int WARP = 32;
 
-// The kernel's dynamic shared memory (Launch.shared bytes), aligned to 16 bytes: DYNAMIC_SHARED(bytes); at the top of a kernel.
+// The kernel's dynamic shared memory (Launch.shared bytes), aligned to 16 bytes: DYNAMIC_SHARED(bytes); at a kernel's top.
 #ifdef CUDA_EMULATOR
 #define DYNAMIC_SHARED(name) unsigned char *const name = emulator::dynamic_shared
 #else
@@ -76,14 +76,15 @@ __device__ __forceinline__ void prefetch_l2(const void *address) {
 #endif
 }
 
-// Copies of 16 bytes from global to shared memory that need no registers while they are under way: a compiler may put off
-// a load until its value is wanted, but not these. `shared` gets zeros where `present` is false. A thread may read what it
-// has copied itself after copies_wait(n), which leaves at most its n latest groups (copies_commit, n up to 7) under way;
-// others' copies need a barrier, too.
+// Copies of 16 bytes from global to shared memory that need no registers while they are under way: a compiler may put
+// off a load until its value is wanted, but not these. `shared` gets zeros where `present` is false. A thread may read
+// what it has copied itself after copies_wait(n), which leaves at most its n latest groups (copies_commit, n up to 7)
+// under way; others' copies need a barrier, too.
 __device__ __forceinline__ void copy_async(uint4 *shared, const uint4 *global, bool present = true) {
 #ifdef __CUDA_ARCH__
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
-                 "l"(global), "r"(present ? 16 : 0)
+    const unsigned target = (unsigned)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(global),
+                 "r"(present ? 16 : 0)
                  : "memory");
 #else
     *shared = present ? *global : make_uint4(0, 0, 0, 0);
@@ -120,7 +121,7 @@ __device__ __forceinline__ int thread_rank() {
 __device__ __forceinline__ int lane_index() { return thread_rank() % WARP; }
 __device__ __forceinline__ int warp_index() { return thread_rank() / WARP; }
 
-// ---- Reductions. Every thread of the warp or block calls them and gets the result; block sizes are multiples of 32. ----
+// ---- Reductions. Every thread of the warp or block calls them and gets the result; blocks are multiples of 32. ----
 
 // Over groups of LANES neighbouring lanes, a power of two.
 template <int LANES = WARP> __device__ __forceinline__ float warp_sum(float value) {
@@ -194,7 +195,9 @@ __device__ __forceinline__ unsigned as_bits(__half2 pair) {
     return *reinterpret_cast<const unsigned *>(&pair);
 }
 __device__ __forceinline__ float2 half_bits_to_float2(unsigned bits) { return __half22float2(as_half2(bits)); }
-__device__ __forceinline__ float bfloat16_to_float(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
+__device__ __forceinline__ float bfloat16_to_float(unsigned short bits) {
+    return __uint_as_float((unsigned)bits << 16);
+}
 
 // (word & AND_MASK) | OR_MASK in one instruction; for two constants the compiler takes two.
 template <unsigned AND_MASK, unsigned OR_MASK> __device__ __forceinline__ unsigned masked_or(unsigned word) {
@@ -212,16 +215,17 @@ __device__ __forceinline__ float e8m0_to_float(unsigned char code) {
     return __uint_as_float(code ? (unsigned)code << 23 : 0x00400000u);
 }
 
-// ---- Weights of few bits. `word` holds 8 nibbles, nibble n in bits 4n to 4n + 3, or 4 bytes, byte n in bits 8n to 8n + 7. ----
+// ---- Weights of few bits. `word` holds 8 nibbles, nibble n in bits 4n to 4n + 3, or 4 bytes, byte n from bit 8n on. ----
 
-// Nibbles PAIR and PAIR + 4 (PAIR = 0..3) as unsigned numbers 0 to 15, exactly: (.x, .y) = (nibble PAIR, nibble PAIR + 4).
+// Nibbles PAIR and PAIR + 4 (PAIR = 0..3) as unsigned numbers 0 to 15, exactly, in .x and .y.
 // Multiply with activations paired likewise: (x[0], x[4]), (x[1], x[5]), (x[2], x[6]), (x[3], x[7]).
 // Zero points are the caller's: subtract them with __hsub2, or correct by the sum of the activations.
 template <int PAIR> __device__ __forceinline__ __half2 nibbles_to_half2(unsigned word) {
-    // 0x6400 is 1024, whose last bit is worth 1: OR-ing a nibble into bits 0 to 3 adds it, into bits 4 to 7 16 times it.
+    // 0x6400 is 1024, whose last bit is worth 1: a nibble OR-ed into bits 0 to 3 adds itself, into 4 to 7 16 times.
     const unsigned shifted = PAIR >= 2 ? word >> 8 : word;
     if (PAIR % 2 == 0) return __hsub2(as_half2((shifted & 0x000f000fu) | 0x64006400u), as_half2(0x64006400u));
-    return __hfma2(as_half2((shifted & 0x00f000f0u) | 0x64006400u), as_half2(0x2c002c00u), as_half2(0xd400d400u)); // /16, -64
+    const __half2 sixteenth = as_half2(0x2c002c00u), minus_64 = as_half2(0xd400d400u);
+    return __hfma2(as_half2((shifted & 0x00f000f0u) | 0x64006400u), sixteenth, minus_64);
 }
 
 // Bytes 2 * PAIR and 2 * PAIR + 1 (PAIR = 0..1) as unsigned numbers 0 to 255, exactly, in their order.

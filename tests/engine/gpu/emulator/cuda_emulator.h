@@ -25,21 +25,8 @@
 // "used" keeps the compiler from reasoning that what it sees no write to is zero.
 #define __shared__ static __attribute__((section("emulated_shared"), used))
 
-#define VECTOR_TYPES(type, name, two, four)                                                                        \
-    struct __attribute__((aligned(two))) name##2 { type x, y; };                                                   \
-    struct name##3 { type x, y, z; };                                                                              \
-    struct __attribute__((aligned(four))) name##4 { type x, y, z, w; };                                            \
-    inline name##2 make_##name##2(type x, type y) { return {x, y}; }                                               \
-    inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; }                                    \
-    inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
-VECTOR_TYPES(float, float, 8, 16)
-VECTOR_TYPES(int, int, 8, 16)
-VECTOR_TYPES(unsigned, uint, 8, 16)
-VECTOR_TYPES(short, short, 4, 8)
-VECTOR_TYPES(unsigned short, ushort, 4, 8)
-VECTOR_TYPES(signed char, char, 2, 4)
-VECTOR_TYPES(unsigned char, uchar, 2, 4)
-#undef VECTOR_TYPES
+#include "cuda_vectors.h"
+
 typedef uint3 dim3;
 
 static uint3 threadIdx, blockIdx, blockDim, gridDim;
@@ -120,8 +107,8 @@ __attribute__((noinline)) static void leave(State state, int line) {
 
 [[noreturn]] __attribute__((noinline)) static void fail(const char *reason) {
     if (!error[0])
-        snprintf(error, sizeof error, "%s (block %u %u %u, thread %u %u %u)", reason, blockIdx.x, blockIdx.y, blockIdx.z,
-                 threadIdx.x, threadIdx.y, threadIdx.z);
+        snprintf(error, sizeof error, "%s (block %u %u %u, thread %u %u %u)", reason, blockIdx.x, blockIdx.y,
+                 blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
     leave(DONE, 0);
     __builtin_trap();
 }
@@ -153,16 +140,13 @@ static void resume(int rank) {
 static bool together(int first, int count, State state) {
     for (int i = first; i < first + count; ++i) {
         if (threads[i].state == state && threads[i].line == threads[first].line) continue;
-        const char *kind = state == AT_WARP_BARRIER ? "warp" : "block";
-        int other = i;
-        while (other > first && threads[other].state != state) --other;
-        int waiting = first;
-        while (threads[waiting].state != state) ++waiting;
+        // Thread i differs from the first one: one of both waits here.
+        const int waiting = threads[first].state == state ? first : i, other = waiting == i ? first : i;
         snprintf(error, sizeof error,
-                 "divergence in block %u %u %u: thread %d waits for its %s in line %d, thread %d %s (line %d)", blockIdx.x,
-                 blockIdx.y, blockIdx.z, waiting, kind, threads[waiting].line, i == waiting ? first : i,
-                 threads[i == waiting ? first : i].state == DONE ? "has ended" : "waits elsewhere",
-                 threads[i == waiting ? first : i].line);
+                 "divergence in block %u %u %u: thread %d waits for its %s in line %d, thread %d %s (line %d)",
+                 blockIdx.x, blockIdx.y, blockIdx.z, waiting, state == AT_WARP_BARRIER ? "warp" : "block",
+                 threads[waiting].line, other, threads[other].state == DONE ? "has ended" : "waits elsewhere",
+                 threads[other].line);
         return false;
     }
     return true;
@@ -248,77 +232,6 @@ static int run(uint3 grid, uint3 block, size_t shared) {
     return !done;
 }
 
-template <class T> T *slot(int parity, int lane) {
-    static_assert(sizeof(T) <= 8, "shuffles take at most 8 bytes");
-    return (T *)&slots[current_rank / LANES][parity][lane];
-}
-
-// All lanes' values: written before, read after one barrier; the next exchange uses the other half of the slots.
-template <class T> int exchange(int line, unsigned mask, T value) {
-    if (mask != 0xffffffffu) fail("a warp's mask must be full");
-    const int parity = current->parity;
-    current->parity ^= 1;
-    *slot<T>(parity, current_rank % LANES) = value;
-    leave(AT_WARP_BARRIER, line);
-    return parity;
-}
-
-template <class T> T shuffle_from(int line, unsigned mask, T value, int source, bool inside) {
-    const int parity = exchange(line, mask, value);
-    return inside ? *slot<T>(parity, source) : value;
-}
-template <class T> T shuffle(int line, unsigned mask, T value, int source, int width = LANES) {
-    const int lane = current_rank % LANES;
-    return shuffle_from(line, mask, value, lane / width * width + (source & (width - 1)), true);
-}
-template <class T> T shuffle_xor(int line, unsigned mask, T value, int other, int width = LANES) {
-    const int lane = current_rank % LANES, source = lane ^ other;
-    return shuffle_from(line, mask, value, source, source / width <= lane / width && source < LANES);
-}
-template <class T> T shuffle_down(int line, unsigned mask, T value, unsigned by, int width = LANES) {
-    const int lane = current_rank % LANES, source = lane + (int)by;
-    return shuffle_from(line, mask, value, source, source / width == lane / width);
-}
-template <class T> T shuffle_up(int line, unsigned mask, T value, unsigned by, int width = LANES) {
-    const int lane = current_rank % LANES, source = lane - (int)by;
-    return shuffle_from(line, mask, value, source, source >= lane / width * width);
-}
-static inline unsigned ballot(int line, unsigned mask, int predicate) {
-    const int parity = exchange<int>(line, mask, predicate != 0);
-    unsigned result = 0;
-    for (int lane = 0; lane < LANES; ++lane) result |= (unsigned)*slot<int>(parity, lane) << lane;
-    return result;
-}
-template <class T> T reduce_add(int line, unsigned mask, T value) {
-    const int parity = exchange(line, mask, value);
-    T result = 0;
-    for (int lane = 0; lane < LANES; ++lane) result += *slot<T>(parity, lane);
-    return result;
-}
-template <class T> T reduce_max(int line, unsigned mask, T value) {
-    const int parity = exchange(line, mask, value);
-    for (int lane = 0; lane < LANES; ++lane) value = *slot<T>(parity, lane) > value ? *slot<T>(parity, lane) : value;
-    return value;
-}
-template <class T> T reduce_min(int line, unsigned mask, T value) {
-    const int parity = exchange(line, mask, value);
-    for (int lane = 0; lane < LANES; ++lane) value = *slot<T>(parity, lane) < value ? *slot<T>(parity, lane) : value;
-    return value;
-}
-static inline void warp_barrier(int line, unsigned mask = 0xffffffffu) {
-    if (mask != 0xffffffffu) fail("a warp's mask must be full");
-    leave(AT_WARP_BARRIER, line);
-}
-static inline int block_count(int line, int predicate) {
-    votes += predicate != 0;
-    leave(AT_BLOCK_BARRIER, line);
-    const int result = votes;
-    leave(AT_BLOCK_BARRIER, line);
-    votes = 0;
-    leave(AT_BLOCK_BARRIER, line);
-    return result;
-}
-
 // Calls a kernel with its arguments, of which a launch has the addresses.
 template <int... I> struct Indexes {};
 template <int N, int... I> struct Count : Count<N - 1, N - 1, I...> {};
@@ -335,91 +248,6 @@ template <class... P> constexpr int arity(void (*)(P...)) {
 }
 
 } // namespace emulator
-
-#define __syncthreads() emulator::leave(emulator::AT_BLOCK_BARRIER, __LINE__)
-#define __syncthreads_count(p) emulator::block_count(__LINE__, p)
-#define __syncthreads_or(p) (emulator::block_count(__LINE__, p) != 0)
-#define __syncthreads_and(p) (emulator::block_count(__LINE__, !(p)) == 0)
-#define __syncwarp(...) emulator::warp_barrier(__LINE__ __VA_OPT__(, ) __VA_ARGS__)
-#define __shfl_sync(...) emulator::shuffle(__LINE__, __VA_ARGS__)
-#define __shfl_xor_sync(...) emulator::shuffle_xor(__LINE__, __VA_ARGS__)
-#define __shfl_down_sync(...) emulator::shuffle_down(__LINE__, __VA_ARGS__)
-#define __shfl_up_sync(...) emulator::shuffle_up(__LINE__, __VA_ARGS__)
-#define __ballot_sync(...) emulator::ballot(__LINE__, __VA_ARGS__)
-#define __any_sync(...) (emulator::ballot(__LINE__, __VA_ARGS__) != 0)
-#define __all_sync(...) (emulator::ballot(__LINE__, __VA_ARGS__) == 0xffffffffu)
-#define __reduce_add_sync(...) emulator::reduce_add(__LINE__, __VA_ARGS__)
-#define __reduce_max_sync(...) emulator::reduce_max(__LINE__, __VA_ARGS__)
-#define __reduce_min_sync(...) emulator::reduce_min(__LINE__, __VA_ARGS__)
-
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-inline void __threadfence_system() {}
-template <class T> T exchange_with(T *address, T value) { T old = *address; *address = value; return old; }
-template <class T> T atomicAdd(T *address, T value) { return exchange_with(address, (T)(*address + value)); }
-inline int atomicAdd(int *address, int value) { return exchange_with(address, *address + value); }
-inline unsigned atomicAdd(unsigned *address, unsigned value) { return exchange_with(address, *address + value); }
-template <class T> T atomicExch(T *address, T value) { return exchange_with(address, value); }
-template <class T> T atomicMax(T *address, T value) { return exchange_with(address, *address > value ? *address : value); }
-template <class T> T atomicMin(T *address, T value) { return exchange_with(address, *address < value ? *address : value); }
-template <class T> T atomicOr(T *address, T value) { return exchange_with(address, (T)(*address | value)); }
-template <class T> T atomicAnd(T *address, T value) { return exchange_with(address, (T)(*address & value)); }
-template <class T> T atomicCAS(T *address, T expected, T value) {
-    return exchange_with(address, *address == expected ? value : *address);
-}
-inline unsigned atomicInc(unsigned *address, unsigned last) {
-    return exchange_with(address, *address >= last ? 0u : *address + 1);
-}
-
-template <class T> T __ldg(const T *address) { return *address; }
-template <class T> T __ldcg(const T *address) { return *address; }
-template <class T> T __ldcs(const T *address) { return *address; }
-template <class T> T __ldcv(const T *address) { return *address; }
-template <class T> void __stcg(T *address, T value) { *address = value; }
-template <class T> void __stcs(T *address, T value) { *address = value; }
-
-template <class To, class From> To bits_as(From value) {
-    static_assert(sizeof(To) == sizeof(From), "of one size");
-    To result;
-    memcpy(&result, &value, sizeof result);
-    return result;
-}
-inline float __uint_as_float(unsigned bits) { return bits_as<float>(bits); }
-inline float __int_as_float(int bits) { return bits_as<float>(bits); }
-inline unsigned __float_as_uint(float value) { return bits_as<unsigned>(value); }
-inline int __float_as_int(float value) { return bits_as<int>(value); }
-inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
-    const uint64_t both = (uint64_t)high << 32 | low;
-    unsigned result = 0;
-    for (int i = 0; i < 4; ++i) {
-        const unsigned choice = selector >> (4 * i) & 15, byte = both >> (8 * (choice & 7)) & 255;
-        result |= (choice & 8 ? (byte & 128 ? 255u : 0u) : byte) << (8 * i);
-    }
-    return result;
-}
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned by) {
-    return (unsigned)(((uint64_t)high << 32 | low) >> (by & 31));
-}
-inline int __dp4a(int a, int b, int sum) {
-    for (int i = 0; i < 4; ++i) sum += (int8_t)(a >> (8 * i)) * (int8_t)(b >> (8 * i));
-    return sum;
-}
-inline float __expf(float x) { return expf(x); }
-inline float __logf(float x) { return logf(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
-inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-inline float __saturatef(float x) { return x < 0 ? 0 : x > 1 ? 1 : x; }
-inline int __float2int_rn(float x) { return (int)rintf(x); }
-inline int __float2int_rz(float x) { return (int)x; }
-inline float __int2float_rn(int x) { return (float)x; }
-inline float __uint2float_rn(unsigned x) { return (float)x; }
-template <class A, class B> constexpr auto min(A a, B b) -> decltype(a + b) { return b < a ? b : a; }
-template <class A, class B> constexpr auto max(A a, B b) -> decltype(a + b) { return a < b ? b : a; }
 
 // The compiler's checks of undefined behaviour call these.
 extern "C" {

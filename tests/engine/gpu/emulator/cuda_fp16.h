@@ -1,7 +1,7 @@
 // The part of CUDA's header of this name that the kernels use: fp16 numbers, rounded after every operation.
 #pragma once
 
-#include "cuda_emulator.h"
+#include "cuda_builtins.h"
 
 struct __half {
     _Float16 value;
@@ -46,7 +46,9 @@ inline __half __hadd(__half a, __half b) { return __half((float)a.value + (float
 inline __half __hsub(__half a, __half b) { return __half((float)a.value - (float)b.value); }
 inline __half __hmul(__half a, __half b) { return __half((float)a.value * (float)b.value); }
 inline __half __hdiv(__half a, __half b) { return __half((float)a.value / (float)b.value); }
-inline __half __hfma(__half a, __half b, __half c) { return __half(fmaf((float)a.value, (float)b.value, (float)c.value)); }
+inline __half __hfma(__half a, __half b, __half c) {
+    return __half(fmaf((float)a.value, (float)b.value, (float)c.value));
+}
 inline __half operator+(__half a, __half b) { return __hadd(a, b); }
 inline __half operator-(__half a, __half b) { return __hsub(a, b); }
 inline __half operator*(__half a, __half b) { return __hmul(a, b); }

@@ -32,7 +32,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("-n", "count", default=1, show_default=True, type=click.IntRange(1, 32), help="Number of answers.")
 @click.option("--threads", type=click.IntRange(1), help="Threads to compute with.")
 @click.option("--accuracy", type=click.Choice(["fast", "exact"]), default="fast", show_default=True)
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="By default LSP_AGENT_DEVICE, else cpu.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="By default LSP_AGENT_DEVICE, else auto.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of the text.")
 def generate(
     name: str | None,
@@ -60,13 +60,15 @@ def generate(
         raise UserError("Give exactly one of --prompt-file, --chat-file and --fim-prefix/--fim-suffix.", ExitCode.USAGE)
     if tools_file is not None and chat_file is None:
         raise UserError("--tools-file is for a chat; give --chat-file with it.", ExitCode.USAGE)
+    from lsp_agent.engine.device import requested_device
     from lsp_agent.engine.engine import Engine
+    from lsp_agent.engine.gpu.errors import explained
 
     engine = Engine.load(
         _package(name),
         threads=threads,
         accuracy="exact" if accuracy == "exact" else "fast",
-        device="cuda" if device == "cuda" else "cpu" if device == "cpu" else None,
+        device=requested_device(device),
     )
     if prompt_file:
         ids = engine.tokenizer.encode(_read(prompt_file))
@@ -77,13 +79,14 @@ def generate(
     sampling = Sampling(max_tokens, temperature, top_k, top_p, min_p, seed=seed, stop=stop)
     generation = engine.generate(ids, sampling, CancelToken(), n=count)
     answers = [{"tokens": [], "text": "", "finish_reason": "length"} for _ in range(count)]
-    for step in generation:
-        answer = answers[step.index]
-        answer["tokens"].append(step.token)  # type: ignore[attr-defined]
-        answer["text"] += step.text  # type: ignore[operator]
-        answer["finish_reason"] = step.finish_reason or "length"
-        if not as_json and count == 1:
-            click.echo(step.text, nl=False)
+    with explained():
+        for step in generation:
+            answer = answers[step.index]
+            answer["tokens"].append(step.token)  # type: ignore[attr-defined]
+            answer["text"] += step.text  # type: ignore[operator]
+            answer["finish_reason"] = step.finish_reason or "length"
+            if not as_json and count == 1:
+                click.echo(step.text, nl=False)
     if as_json:
         timings = {k: round(v, 6) for k, v in vars(generation.timings).items()}
         click.echo(json.dumps({"prompt_tokens": ids, "answers": answers, "timings": timings}, ensure_ascii=False))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast, get_args
 
 import numpy as np
 import onnxruntime as ort
 
+from lsp_agent.engine.gpu.errors import NoGpu, unusable, usable_cupy
 from lsp_agent.errors import UserError
 from lsp_agent.machine import usable_memory
 
+log = logging.getLogger(__name__)
+
 DeviceName = Literal["cpu", "cuda"]
+DeviceChoice = Literal["auto", "cpu", "cuda"]
 Array = Any
 """A `numpy.ndarray` or, on the GPU, a `cupy.ndarray`: both have the same methods."""
 
@@ -55,6 +60,9 @@ class Device(Protocol):
 
     def finish(self, binding: ort.IOBinding) -> None:
         """Wait until a run's outputs are there."""
+
+    def wait(self) -> None:
+        """Until all that was asked of the device is done."""
 
     def free_memory(self) -> int:
         """Bytes of the device's memory that can be had now."""
@@ -103,6 +111,9 @@ class CpuDevice:
     def finish(self, binding: ort.IOBinding) -> None:
         """See `Device.finish`: runs return when they are done."""
 
+    def wait(self) -> None:
+        """See `Device.wait`."""
+
     def free_memory(self) -> int:
         """See `Device.free_memory`."""
         return usable_memory()
@@ -118,7 +129,10 @@ class CudaDevice:
 
     def __init__(self) -> None:
         self._cupy = _cupy()
-        self._stream = self._cupy.cuda.Stream(non_blocking=True)
+        try:
+            self._stream = self._cupy.cuda.Stream(non_blocking=True)  # the first call that takes memory
+        except self._cupy.cuda.runtime.CUDARuntimeError as error:
+            raise unusable(error) from error
         self._stream.use()
 
     def providers(self, options: dict[str, str]) -> list[Any]:
@@ -179,6 +193,10 @@ class CudaDevice:
         """See `Device.finish`."""
         binding.synchronize_outputs()
 
+    def wait(self) -> None:
+        """See `Device.wait`."""
+        self._stream.synchronize()
+
     def free_memory(self) -> int:
         """See `Device.free_memory`."""
         free, _ = self._cupy.cuda.runtime.memGetInfo()
@@ -186,32 +204,33 @@ class CudaDevice:
 
 
 def _cupy() -> Any:
-    """CuPy over a working GPU; raises `UserError` that says what is missing."""
-    try:
-        import cupy
-    except ImportError as error:
-        raise UserError(
-            "Running on the GPU needs the GPU packages; install them with pip install 'lsp-agent[gpu]'."
-        ) from error
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise UserError(
-            "This ONNX Runtime was built without CUDA: uninstall onnxruntime, then pip install 'lsp-agent[gpu]'."
-        )
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise UserError(f"No NVIDIA GPU can be used ({error}); update the driver or use the CPU.") from error
-    if not count:
-        raise UserError("This machine has no NVIDIA GPU; use the CPU.")
+    """CuPy over a working GPU; raises `NoGpu` that says what is missing."""
+    cupy = usable_cupy(ort.get_available_providers())
     ort.preload_dlls()
     return cupy
 
 
-def open_device(name: DeviceName | None = None) -> Device:
-    """The device called `name`; None is what `LSP_AGENT_DEVICE` says, the CPU by default. Raises `UserError`."""
-    chosen = name or os.environ.get("LSP_AGENT_DEVICE", "cpu")
-    if chosen not in ("cpu", "cuda"):
-        raise UserError(f"There is no device {chosen!r}; set LSP_AGENT_DEVICE to cpu or cuda.")
+def requested_device(name: str | None = None) -> DeviceChoice:
+    """`name`; None is what `LSP_AGENT_DEVICE` says, auto by default. Raises `UserError`."""
+    chosen = name or os.environ.get("LSP_AGENT_DEVICE") or "auto"
+    for device in get_args(DeviceChoice):
+        if chosen == device:
+            return cast(DeviceChoice, device)
+    raise UserError(f"There is no device {chosen!r}; set LSP_AGENT_DEVICE to auto, cpu or cuda.")
+
+
+def open_device(name: DeviceChoice | None = None) -> Device:
+    """The device called `name` (see `requested_device`); auto is the GPU where one can be used, else the CPU.
+
+    Raises `UserError` when the GPU is asked for and cannot be used.
+    """
+    chosen = requested_device(name)
+    if chosen == "auto":
+        try:
+            return CudaDevice()
+        except NoGpu as error:
+            log.info("running on the CPU: %s", error)
+            return CpuDevice()
     return CudaDevice() if chosen == "cuda" else CpuDevice()
 
 

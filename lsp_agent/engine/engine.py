@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,18 +11,22 @@ import numpy as np
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Message, Sampling, TokenScore, ToolSchema
 from lsp_agent.engine.architecture import ModelConfig
-from lsp_agent.engine.device import Device, DeviceName, open_device
+from lsp_agent.engine.device import CpuDevice, Device, DeviceChoice, open_device, requested_device
 from lsp_agent.engine.generation import Generation
+from lsp_agent.engine.gpu.choice import Room, choose
+from lsp_agent.engine.gpu.errors import in_use_by
+from lsp_agent.engine.gpu.placement import Placement
 from lsp_agent.engine.graph import Accuracy
 from lsp_agent.engine.package import Package
-from lsp_agent.engine.plan import make_plan
 from lsp_agent.engine.prepacked import Progress
 from lsp_agent.engine.sampling import log_softmax
 from lsp_agent.engine.session import Decoder
-from lsp_agent.engine.state import PrefixCache
+from lsp_agent.engine.state import PREFIX_SLOTS, PrefixCache
 from lsp_agent.engine.tokens import Tokenizer
-from lsp_agent.errors import PromptTooLong
-from lsp_agent.machine import default_threads
+from lsp_agent.errors import PromptTooLong, UserError
+from lsp_agent.machine import default_threads, usable_memory
+
+log = logging.getLogger(__name__)
 
 SCORE_CHUNK = 64
 """Positions scored at a time: each has logits over the whole vocabulary."""
@@ -38,12 +43,14 @@ class Engine:
         accuracy: Accuracy,
         device: Device | None = None,
         on_progress: Progress | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.config: ModelConfig = package.config
         self.threads = threads
         self.tokenizer = Tokenizer(package)
-        self._decoder = Decoder(package, threads, context, accuracy, device, on_progress)
-        self._prefixes = PrefixCache(self._decoder.states, context, device=self._decoder.device)
+        self._decoder = Decoder(package, threads, context, accuracy, device, on_progress, placement)
+        prompts = placement.prompts if placement else PREFIX_SLOTS
+        self._prefixes = PrefixCache(self._decoder.states, context, prompts, self._decoder.device)
 
     @classmethod
     def load(
@@ -53,21 +60,32 @@ class Engine:
         threads: int | None = None,
         context: int | None = None,
         accuracy: Accuracy = "fast",
-        device: DeviceName | None = None,
+        device: DeviceChoice | None = None,
         on_progress: Progress | None = None,
     ) -> Engine:
         """Load a package folder.
 
         `context`: most tokens of prompt and answer, at most (and by default) the model's own. `on_progress(done,
-        total)`: layers whose experts are packed, which a machine's first load does. `device`: see `open_device`.
+        total)`: layers whose experts are packed, which a machine's first load does. `device`: see `requested_device`;
+        auto is the GPU where there is one that holds the model, and where loading succeeds, else the CPU.
         Raises `UserError` when the package is damaged or incomplete, or cannot run on that device.
         """
         opened = Package(package)
         length = min(context or opened.config.context, opened.config.context)
-        chosen = open_device(device)
+        wanted = requested_device(device)
+        if wanted == "auto" and accuracy == "exact":
+            wanted = "cpu"
+        most = threads or default_threads()
+        chosen = open_device(wanted)
         if chosen.name == "cuda":
-            make_plan(opened, length).check(chosen.free_memory(), package.name)
-        return cls(opened, threads or default_threads(), length, accuracy, chosen, on_progress)
+            try:
+                placement = _place(opened, package.name, length, chosen)
+                return cls(opened, most, length, accuracy, chosen, on_progress, placement)
+            except UserError as error:
+                if wanted == "cuda":
+                    raise
+                log.warning("Running on the CPU: %s", error)
+        return cls(opened, most, length, accuracy, CpuDevice(), on_progress)
 
     @property
     def context_length(self) -> int:
@@ -125,3 +143,12 @@ class Engine:
         ids, offsets = self.tokenizer.encode_with_offsets(text)
         scores = self.score(ids, cancel)
         return [TokenScore(a, b, score) for (a, b), score in zip(offsets[1:], scores, strict=True)]
+
+
+def _place(package: Package, name: str, context: int, device: Device) -> Placement:
+    """Where the model goes on the GPU; raises `UserError` that says what would fit when it has no room."""
+    choice = choose(package, name, context, Room(device.free_memory(), usable_memory()))
+    if choice.plan is None:
+        raise UserError(f"{choice.reason} {in_use_by()}".strip())
+    log.info("%s on the GPU: %s. %s", name, choice.kind, choice.reason)
+    return choice.plan.placement

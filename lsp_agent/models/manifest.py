@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from lsp_agent.chat_model import Sampling, Tier
+from lsp_agent.engine.architecture import ModelConfig
 from lsp_agent.engine.architectures import ARCHITECTURES
 from lsp_agent.errors import ExitCode, UserError
 
@@ -130,6 +131,24 @@ class Manifest(_Part):
     chat: Chat
     fim: FillInTheMiddle | None = None
     sampling: SamplingDefaults = SamplingDefaults()
+    config: dict[str, Any] | None = None
+    """The numbers of `ModelConfig`, so that memory can be planned before the checkpoint is there."""
+
+    @model_validator(mode="after")
+    def _config_is_whole(self) -> Self:
+        if self.config is not None:
+            try:
+                self.decoder_config()
+            except (TypeError, KeyError) as error:
+                raise ValueError(f"[config] is not the config of a decoder: {error}") from error
+        return self
+
+    def decoder_config(self) -> ModelConfig | None:
+        """`config` with what the rest of the manifest says; None where the manifest has none."""
+        if self.config is None:
+            return None
+        numbers = {**self.config, "architecture": self.architecture, "context": self.context_length}
+        return ModelConfig.from_json(numbers)
 
     @model_validator(mode="after")
     def _parts_make_up_the_file(self) -> Self:

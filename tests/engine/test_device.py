@@ -10,11 +10,12 @@ from lsp_agent.engine.engine import Engine
 from lsp_agent.errors import UserError
 
 
-def test_the_cpu_is_the_default_and_the_environment_chooses(monkeypatch):
+def test_the_environment_chooses_a_device(monkeypatch):
     monkeypatch.delenv("LSP_AGENT_DEVICE", raising=False)
-    assert isinstance(open_device(), CpuDevice)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert isinstance(open_device(), CpuDevice), "auto is the CPU where there is no GPU"
     monkeypatch.setenv("LSP_AGENT_DEVICE", "gpu")
-    with pytest.raises(UserError, match="no device 'gpu'; set LSP_AGENT_DEVICE to cpu or cuda"):
+    with pytest.raises(UserError, match="no device 'gpu'; set LSP_AGENT_DEVICE to auto, cpu or cuda"):
         open_device()
     assert isinstance(open_device("cpu"), CpuDevice)
 

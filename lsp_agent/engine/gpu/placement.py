@@ -11,7 +11,7 @@ PlacementKind = Literal["resident", "hybrid", "host", "cpu"]
 PLACEMENTS: tuple[PlacementKind, ...] = get_args(PlacementKind)
 
 RESIDENT_CHUNK = 2048
-HOST_CHUNK = 8192
+HOST_CHUNKS = (8192, 4096, RESIDENT_CHUNK)
 """A chunk of a prompt touches nearly all experts once: with these in main memory, longer chunks cross the bus less."""
 MOST_PROMPTS = 4
 """Past prompts whose states are kept in GPU memory, the running one among them."""
@@ -30,11 +30,6 @@ class Placement:
     slots: int = 0
     chunk: int = RESIDENT_CHUNK
     prompts: int = MOST_PROMPTS
-
-
-def chunk_for(kind: PlacementKind, context: int) -> int:
-    """Tokens of a prompt to read in one run."""
-    return min(HOST_CHUNK if kind in ("host", "hybrid") else RESIDENT_CHUNK, context)
 
 
 def placement_kind(name: str) -> PlacementKind:

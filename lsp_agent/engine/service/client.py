@@ -22,6 +22,7 @@ import httpx
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Completion, Message, Sampling, Tier, TokenScore, ToolSchema
+from lsp_agent.engine.gpu.errors import GpuLost
 from lsp_agent.engine.service.shapes import completions
 from lsp_agent.engine.tool_calls import message_to_openai, tool_to_openai
 from lsp_agent.errors import Cancelled, PromptTooLong, UserError
@@ -31,6 +32,8 @@ IDLE_SECONDS = 600.0
 """An engine that nobody asked anything for so long gives its memory back; the next request starts it again."""
 LOAD_TIMEOUT_S = 300.0
 POLL_S = 0.05
+LOST_GPU_S = 10.0
+"""How long an engine whose GPU was lost takes to end, at most."""
 LONGEST_PARENT = 70
 LOGS_KEPT = 10
 
@@ -238,7 +241,10 @@ class EngineModel:
                     f"The engine stopped while it answered; run again, or see {self.process.log}."
                 ) from error
             if response.status_code != 200:
-                raise _error(response)
+                refused = _error(response)
+                if isinstance(refused, GpuLost) and attempt == 0 and self.process.ended(within_s=LOST_GPU_S):
+                    continue  # a new process may use the GPU, or the CPU where the device was not chosen
+                raise refused
             answer: dict[str, Any] = response.json()
             return answer
         raise UserError(f"The engine stops each time it is asked; see {self.process.log}.")
@@ -264,7 +270,7 @@ def _body(sampling: Sampling, n: int) -> dict[str, Any]:
 def _error(response: httpx.Response) -> UserError:
     try:
         error = response.json()["error"]
-        kind = PromptTooLong if error.get("code") == PromptTooLong.code else UserError
-        return kind(error["message"])
+        kinds = {kind.code: kind for kind in (PromptTooLong, GpuLost)}
+        return kinds.get(error.get("code"), UserError)(error["message"])
     except (ValueError, KeyError, TypeError, AttributeError):
         return UserError(f"The engine answered with HTTP status {response.status_code}.")

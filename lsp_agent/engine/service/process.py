@@ -67,9 +67,11 @@ async def _serve(server: object, listener: socket.socket, idle_seconds: float, s
     say({"ready": True})
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     while not serving.done():
-        if not server.busy and time.monotonic() - server.last_used > idle_seconds:
+        if not server.busy and (server.broken or time.monotonic() - server.last_used > idle_seconds):
             http.should_exit = True
         await asyncio.wait([serving], timeout=min(1.0, idle_seconds))
+    if server.broken:
+        os._exit(ExitCode.ENVIRONMENT)  # what is left of CUDA may hang while it is torn down
 
 
 def _messages() -> Say:

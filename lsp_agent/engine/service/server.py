@@ -27,6 +27,7 @@ from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Completion, Usage
 from lsp_agent.engine.answers import collect, stream, total_usage
 from lsp_agent.engine.engine import Engine
+from lsp_agent.engine.gpu.errors import GpuLost, explain
 from lsp_agent.engine.service import shapes
 from lsp_agent.engine.service.requests import ChatRequest, CompletionRequest, SamplingFields
 from lsp_agent.errors import Cancelled, PromptTooLong, UserError
@@ -55,6 +56,8 @@ class EngineServer:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
         self.last_used = time.monotonic()
         self.busy = 0
+        self.broken = False
+        """The GPU was lost: this process can answer nothing more."""
         self.app = Starlette(
             routes=[
                 Route("/v1/models", self._models),
@@ -124,8 +127,9 @@ class EngineServer:
         try:
             first_object = await anext(objects)
         except UserError as error:
-            code = PromptTooLong.code if isinstance(error, PromptTooLong) else None
-            return _error(str(error), 400, code)
+            lost = isinstance(error, GpuLost)
+            code = error.code if isinstance(error, PromptTooLong | GpuLost) else None
+            return _error(str(error), 503 if lost else 400, code)
         except Cancelled:
             return Response(status_code=499)  # nobody reads it: the client has gone
         if isinstance(body, ChatRequest) and body.stream:
@@ -149,7 +153,8 @@ class EngineServer:
                     cancel.raise_if_cancelled()
                     loop.call_soon_threadsafe(queue.put_nowait, {**about, **item})
             except Exception as error:
-                end = error
+                end = explain(error) or error
+                self.broken = self.broken or isinstance(end, GpuLost)
             loop.call_soon_threadsafe(queue.put_nowait, end)
 
         self.busy += 1

@@ -1,0 +1,44 @@
+"""Sizes and numbers of tokens as options: 24GiB, 64k."""
+
+from __future__ import annotations
+
+import click
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from lsp_agent.errors import ExitCode, UserError
+
+
+class _Size(click.ParamType):
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: ARG002
+        """Bytes of a size such as 24GiB or 24GB; raises `UserError`."""
+        try:
+            return int(TypeAdapter(ByteSize).validate_python(value))
+        except ValidationError:
+            raise UserError(f"{value!r} is not a size; write it like 24GiB or 24GB.", ExitCode.USAGE) from None
+
+
+class _Tokens(click.ParamType):
+    name = "tokens"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: ARG002
+        """A number of tokens such as 32768 or 32k; raises `UserError`."""
+        text = str(value)
+        digits, thousands = text.removesuffix("k"), text.endswith("k")
+        if not digits.isdecimal() or not int(digits):
+            raise UserError(f"{text!r} is not a number of tokens; write it like 32768 or 32k.", ExitCode.USAGE)
+        return int(digits) * (1024 if thousands else 1)
+
+
+class _TokenList(click.ParamType):
+    name = "tokens,..."
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Numbers of tokens separated by commas; raises `UserError`."""
+        if isinstance(value, tuple):
+            return value
+        return tuple(TOKENS.convert(part, param, ctx) for part in str(value).split(","))
+
+
+SIZE, TOKENS, TOKEN_LIST = _Size(), _Tokens(), _TokenList()

@@ -1,0 +1,67 @@
+"""A CuPy without a GPU: enough of it to open a device, with the errors of a driver that fails."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lsp_agent.engine import device
+
+NAMES = {2: "cudaErrorMemoryAllocation: out of memory", 100: "cudaErrorNoDevice: no CUDA-capable device is detected"}
+
+
+class CUDARuntimeError(RuntimeError):
+    """As CuPy names and words it."""
+
+
+class _Stream:
+    ptr = 1
+
+    def __init__(self, non_blocking: bool = False) -> None:
+        assert non_blocking
+
+    def use(self) -> None:
+        """Nothing to do."""
+
+
+def fake_cupy(
+    driver: int = 13000,
+    count: int = 1,
+    capability: tuple[int, int] = (9, 0),
+    free: int = 80 * 10**9,
+    fails: dict[str, str] | None = None,
+) -> Any:
+    """A module; `fails` names functions that raise CuPy's error with a message."""
+    broken = fails or {}
+
+    def call(name: str, value: Any) -> Any:
+        def function(*_: Any, **__: Any) -> Any:
+            if name in broken:
+                raise CUDARuntimeError(broken[name])
+            return value(*_) if callable(value) else value
+
+        return function
+
+    attributes = {75: capability[0], 76: capability[1], 36: 2_619_000, 37: 5120}
+    runtime = SimpleNamespace(
+        CUDARuntimeError=CUDARuntimeError,
+        driverGetVersion=call("driverGetVersion", driver),
+        getDeviceCount=call("getDeviceCount", count),
+        deviceGetAttribute=call("deviceGetAttribute", lambda attribute, _: attributes[attribute]),
+        getDeviceProperties=call("getDeviceProperties", {"name": b"NVIDIA H100 80GB HBM3"}),
+        memGetInfo=call("memGetInfo", (free, 80 * 10**9)),
+    )
+    return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, Stream=call("Stream", _Stream)))
+
+
+def install(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Let the product find this CuPy, and an ONNX Runtime that was built with CUDA."""
+    cupy = fake_cupy(**options)
+    stream = cupy.cuda.Stream
+    cupy.cuda.Stream = lambda non_blocking=False: stream(non_blocking)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(device.ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(device.ort, "preload_dlls", lambda: None, raising=False)

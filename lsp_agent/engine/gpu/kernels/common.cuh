@@ -7,7 +7,7 @@
 constexpr unsigned FULL_WARP = 0xffffffffu;
 constexpr int WARP = 32;
 
-// The kernel's dynamic shared memory (Launch.shared bytes), aligned to 16 bytes: DYNAMIC_SHARED(bytes); at a kernel's top.
+// The kernel's dynamic shared memory (Launch.shared bytes), aligned to 16 bytes; DYNAMIC_SHARED(name) at a kernel's top.
 #ifdef CUDA_EMULATOR
 #define DYNAMIC_SHARED(name) unsigned char *const name = emulator::dynamic_shared
 #else
@@ -215,7 +215,7 @@ __device__ __forceinline__ float e8m0_to_float(unsigned char code) {
     return __uint_as_float(code ? (unsigned)code << 23 : 0x00400000u);
 }
 
-// ---- Weights of few bits. `word` holds 8 nibbles, nibble n in bits 4n to 4n + 3, or 4 bytes, byte n from bit 8n on. ----
+// ---- Weights of few bits. `word` holds 8 nibbles, nibble n from bit 4n on, or 4 bytes, byte n from bit 8n on. ----
 
 // Nibbles PAIR and PAIR + 4 (PAIR = 0..3) as unsigned numbers 0 to 15, exactly, in .x and .y.
 // Multiply with activations paired likewise: (x[0], x[4]), (x[1], x[5]), (x[2], x[6]), (x[3], x[7]).

@@ -10,8 +10,6 @@ from lsp_agent.errors import UserError
 
 OLDEST_GPU = (8, 0)
 """The least compute capability that the kernels are written for (Ampere)."""
-FREE_SHARED = 48 * 1024
-"""Bytes of shared memory that a kernel has without asking for more."""
 
 
 class KernelCompiler(Protocol):
@@ -46,7 +44,7 @@ class CudaCompiler:
         try:
             if kernel is None:
                 kernel = self._kernels[key] = self._compile(launch)
-            if launch.shared > max(FREE_SHARED, kernel.max_dynamic_shared_size_bytes):
+            if launch.shared > kernel.max_dynamic_shared_size_bytes:  # 48 KiB at first, less what is static
                 kernel.max_dynamic_shared_size_bytes = launch.shared
         except (self._cupy.cuda.compiler.CompileException, self._cupy.cuda.driver.CUDADriverError) as error:
             reason = next((line for line in str(error).splitlines() if "error" in line), str(error))

@@ -198,6 +198,8 @@ def _unsupported(prologue: Prologue, segments: Sequence[Segment], columns: int, 
             return f"rows of {columns} {segment.bits}-bit codes in blocks of {segment.block}"
     if isinstance(prologue, GatedNorm | Gate) and (columns % prologue.head or prologue.head % GROUP):
         return f"heads of {prologue.head} in {columns} columns"
+    if isinstance(prologue, GatedNorm | Gate) and (prologue.stride % 4 or getattr(prologue, "offset", 0) % 4):
+        return f"rows of {prologue.stride} floats, which do not begin at multiples of 16 bytes"
     if isinstance(prologue, GatedNorm) and (prologue.head & (prologue.head - 1) or prologue.head > GROUP * WARP):
         return f"gated norms over heads of {prologue.head}: they must be a power of two up to {GROUP * WARP}"
     return None

@@ -63,13 +63,10 @@ def check_project(
         np.testing.assert_allclose(output.astype(np.float32), wanted.astype(np.float32), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
     "prologue",
     [
         Norm(EPSILON),
-        Norm(EPSILON, delta=True),
-        Norm(EPSILON, normed=True),
         Norm(EPSILON, delta=True, normed=True),
         GatedNorm(EPSILON, head=64, stride=700, offset=300),
         GatedNorm(EPSILON, head=128, stride=384, offset=0),
@@ -79,18 +76,18 @@ def check_project(
     ],
     ids=str,
 )
-def test_every_prologue(prologue: Prologue, batch: int) -> None:
-    check_project(prologue, [Segment(40, 4), Segment(9, 8)], 384, batch)
+def test_every_prologue(prologue: Prologue) -> None:
+    check_project(prologue, [Segment(40, 4), Segment(9, 8)], 384, 3)
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-@pytest.mark.parametrize(("bits", "block"), [(4, 16), (4, 32), (4, 64), (4, 128), (8, 16), (8, 32), (8, 128)])
+@pytest.mark.parametrize(("bits", "block"), [(4, 16), (4, 32), (4, 128), (8, 16), (8, 32)])
 def test_every_format(bits: Literal[4, 8], block: int, batch: int) -> None:
     segments = [Segment(17, bits, block, half, zero) for half in (False, True) for zero in (False, True)]
     check_project(Plain(), segments, 384, batch)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 4, 8])
+@pytest.mark.parametrize("batch", [1, 2, 8])
 def test_segments_of_all_kinds_in_one_launch(batch: int) -> None:
     segments = [Segment(70, 4, 32), Segment(33, 8, 64, zero_points=True), Segment(1, 16), Segment(18, 16)]
     check_project(Norm(EPSILON, delta=True), segments, 256, batch, bias=True)
@@ -101,8 +98,7 @@ def test_any_number_of_rows(bits: Literal[4, 8, 16]) -> None:
     check_project(Plain(), [Segment(rows, bits) for rows in (1, 2, 3, 288)], 128, 1, bias=True)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("columns", [32, 96, 160, 1056, 4640])
+@pytest.mark.parametrize(("columns", "batch"), [(32, 2), (96, 1), (160, 2), (1056, 1), (4640, 1), (4640, 2)])
 def test_any_number_of_columns(columns: int, batch: int) -> None:
     """More columns than a warp holds are several tiles; lanes beyond the row have nothing."""
     check_project(Plain(), [Segment(7, 4), Segment(7, 8), Segment(1, 16)], columns, batch)
@@ -114,15 +110,15 @@ def test_floats_need_no_blocks() -> None:
 
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize(
-    "tuning", [Tuning(buffer=2), Tuning(buffer=4, warps=2, terms=4), Tuning(terms=16, blocks=1)], ids=str
+    "tuning", [Tuning(buffer=2, terms=4), Tuning(buffer=4, warps=2), Tuning(terms=16, blocks=1)], ids=str
 )
 def test_every_tuning(tuning: Tuning, batch: int) -> None:
     check_project(Norm(EPSILON, delta=True), [Segment(150, 4), Segment(35, 8)], 1024, batch, tuning=tuning)
 
 
-@pytest.mark.parametrize("prologue", [Norm(EPSILON, True, True), GatedNorm(EPSILON, 64, 300, 0), Swiglu()], ids=str)
+@pytest.mark.parametrize("prologue", [Norm(EPSILON, True, True), GatedNorm(EPSILON, 128, 384, 0), Swiglu()], ids=str)
 def test_no_order_of_threads_matters(prologue: Prologue) -> None:
-    check_project(prologue, [Segment(40, 4), Segment(9, 8)], 256, 2, order="backwards")
+    check_project(prologue, [Segment(40, 4), Segment(9, 8)], 384, 3, order="backwards")
 
 
 def test_results_in_fp16() -> None:
@@ -150,6 +146,7 @@ def test_what_is_not_covered_is_refused() -> None:
     assert not supports(Plain(), [Segment(8, 4)], 18944, 8)  # more activations than shared memory
     assert not supports(Plain(), [Segment(8, 4)] * 5, 256, 1)
     assert not supports(GatedNorm(EPSILON, 96, 400, 0), [Segment(8, 4)], 384, 1)
+    assert not supports(Gate(128, 770), [Segment(8, 4)], 384, 1)
     with pytest.raises(ValueError, match="in blocks of"):
         project(Plain(), [Segment(8, 4)], 40, 1)
 

@@ -97,6 +97,11 @@ class HostMemory:
     def __init__(self) -> None:
         self._arrays: list[np.ndarray] = []
 
+    @property
+    def held(self) -> int:
+        """Bytes that are allocated."""
+        return sum(array.nbytes for array in self._arrays)
+
     def allocate(self, sizes: Sequence[int], where: Where = "device") -> list[int]:  # noqa: ARG002
         """See `Memory.allocate`."""
         arrays = [np.zeros(nbytes + ALIGNMENT, np.uint8) for nbytes in sizes]

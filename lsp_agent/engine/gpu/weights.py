@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from lsp_agent.engine.gpu.memory import Change, Load, Memory, Progress, Where, l
 from lsp_agent.engine.gpu.placement import Placement
 from lsp_agent.engine.graph import IR_VERSION, OPSET
 from lsp_agent.engine.package import Extent, Linear, LinearPart, Package, Rows
+from lsp_agent.machine import usable_cores
 
 EMBEDDING_TYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 """How the embedding kernel calls the types that it reads; tables of others become fp16."""
@@ -39,25 +41,35 @@ class DeviceWeights:
         on_progress: Progress | None = None,
         cancel: CancelToken | None = None,
     ) -> None:
-        """Allocates and loads; raises `UserError` when memory is too small and `Cancelled`."""
+        """Allocates and loads. Raises `UserError` when there is too little memory, and `Cancelled`."""
         self._package, self._memory = package, memory
         self._addresses: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
         self._shared: set[str] = set()
         self._loads: list[Load] = []
+        try:
+            self._plan()
+            self.experts = ExpertMemory(package, memory, placement or Placement("resident"), load_uses(package))
+            self._addresses |= {name: tensor.address for name, tensor in self.experts.tensors.items()}
+            self._sizes |= {name: tensor.nbytes for name, tensor in self.experts.tensors.items()}
+            self._shared |= self.experts.tensors.keys()
+            memory.load([*self._loads, *self.experts.loads], on_progress, cancel)
+        except BaseException:
+            memory.close()
+            raise
+        self._loads = self.experts.loads = []
+
+    def _plan(self) -> None:
+        package = self._package
         for name, weight in package.weights.items():
             if isinstance(weight, Extent):
                 self._add(name, package.array(weight))
+            elif isinstance(weight, Rows):
+                assert name == EMBEDDING
+                self._embedding = self._add_embedding(weight)
             elif isinstance(weight, Linear):
                 for index, part in enumerate(weight.parts):
-                    self._add_part(package, f"{name}.{index}", part)
-        self._embedding = self._add_embedding(package)
-        self.experts = ExpertMemory(package, memory, placement or Placement("resident"), load_uses(package))
-        self._addresses |= {name: tensor.address for name, tensor in self.experts.tensors.items()}
-        self._sizes |= {name: tensor.nbytes for name, tensor in self.experts.tensors.items()}
-        self._shared |= self.experts.tensors.keys()
-        memory.load([*self._loads, *self.experts.loads], on_progress, cancel)
-        self._loads = self.experts.loads = []
+                    self._add_part(f"{name}.{index}", part)
 
     def _add(self, name: str, source: np.ndarray, where: Where = "device", halve: bool = False) -> None:
         change: Change = "half" if halve and source.dtype == np.float32 else "copy"
@@ -65,7 +77,8 @@ class DeviceWeights:
         (self._addresses[name],) = self._memory.allocate([self._sizes[name]], where)
         self._loads.append(Load(source, self._addresses[name], change, where))
 
-    def _add_part(self, package: Package, name: str, part: LinearPart) -> None:
+    def _add_part(self, name: str, part: LinearPart) -> None:
+        package = self._package
         if part.values is not None:
             self._add(name, package.array(part.values), halve=True)
             self._shared.add(name)
@@ -74,17 +87,11 @@ class DeviceWeights:
                 self._add(f"{name}.{field}", package.array(extent), halve=True)
                 self._shared.add(f"{name}.{field}")
 
-    def _add_embedding(self, package: Package) -> tuple[int, str]:
-        rows = package.weights[EMBEDDING]
-        assert isinstance(rows, Rows)
-        table = package.array(rows.blocks)
-        if rows.type in EMBEDDING_TYPES:
-            self._add(EMBEDDING, table, "host")
-            return self._addresses[EMBEDDING], EMBEDDING_TYPES[rows.type]
-        kind = GGMLQuantizationType[rows.type]
-        pieces = (table[start : start + _DEQUANTISED_ROWS] for start in range(0, len(table), _DEQUANTISED_ROWS))
-        self._add(EMBEDDING, np.concatenate([quants.dequantize(p, kind).astype(np.float16) for p in pieces]), "host")
-        return self._addresses[EMBEDDING], "f16"
+    def _add_embedding(self, rows: Rows) -> tuple[int, str]:
+        table = self._package.array(rows.blocks)
+        kind = EMBEDDING_TYPES.get(rows.type)
+        self._add(EMBEDDING, table if kind else _dequantised(table, GGMLQuantizationType[rows.type]), "host")
+        return self._addresses[EMBEDDING], kind or "f16"
 
     def address(self, name: str) -> int:
         """Of a weight's array; see the class for its name."""
@@ -124,6 +131,13 @@ class DeviceWeights:
         """Remember which experts were used most, and give the memory back."""
         save_uses(self._package, self.experts.uses())
         self._memory.close()
+
+
+def _dequantised(table: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """fp16 rows of GGUF's blocks."""
+    pieces = (table[start : start + _DEQUANTISED_ROWS] for start in range(0, len(table), _DEQUANTISED_ROWS))
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        return np.concatenate(list(pool.map(lambda piece: quants.dequantize(piece, kind).astype(np.float16), pieces)))
 
 
 _lender: ort.InferenceSession | None = None

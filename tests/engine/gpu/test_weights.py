@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
+from gguf import GGMLQuantizationType
 from onnx import TensorProto, helper
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "gpu"))
@@ -190,6 +191,17 @@ def test_the_embedding_keeps_its_rows(package, kind, name):
     np.testing.assert_array_equal(table[ids].astype(np.float32), Embedding(one, "token_embd")(ids))
 
 
+@pytest.mark.parametrize("kind", ["Q6_K", "Q8_0"])
+def test_an_embedding_in_blocks_becomes_fp16(tiny_package, kind):
+    one = Package(tiny_package(GGMLQuantizationType[kind]))
+    assert one.weights["token_embd"].type == kind
+    address, found = DeviceWeights(one, HostMemory()).embedding()
+    assert found == "f16"
+    ids = np.arange(one.config.vocabulary)
+    table = at(address, (one.config.vocabulary, one.config.hidden), np.float16)
+    np.testing.assert_array_equal(table, Embedding(one, "token_embd")(ids).astype(np.float16))
+
+
 def test_constants_are_kept_once_for_each_name(package):
     weights = DeviceWeights(package("int4"), HostMemory())
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -260,8 +272,10 @@ def test_loading_tells_its_progress_and_stops_when_cancelled(package):
     cancel = CancelToken()
     cancel.cancel()
     threads = threading.active_count()
+    memory = HostMemory()
     with pytest.raises(Cancelled):
-        DeviceWeights(one, HostMemory(), cancel=cancel)
+        DeviceWeights(one, memory, cancel=cancel)
+    assert not memory.held
     assert threading.active_count() == threads
 
 

@@ -311,7 +311,9 @@ class StepGraph:
         outputs: list[Output] = [
             (one, kind, (self._batch, size)) for one, (kind, size) in zip(names, results, strict=True)
         ]
-        self._nodes.append(launch_node(launch, self._compiler.function(launch), inputs, outputs, pointers))
+        self._nodes.append(
+            launch_node(launch, self._compiler.function(launch), inputs, outputs, pointers, overlap=True)
+        )
         return names
 
     def model(self) -> ModelProto:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lsp_agent.engine.architecture import LinearAttentionConfig
@@ -10,12 +11,10 @@ from lsp_agent.engine.gpu.launch import Launch
 PROCESSORS = 132
 """Blocks that keep a large GPU busy (the H100's number of multiprocessors)."""
 WARP = 32
-HEAD_DIMS = 8
-"""Dimensions of a head that a thread of `attention_step` takes: 16 bytes."""
-TOKENS = 4
-"""Tokens that it takes at a time."""
+TOKENS = 8
+"""Tokens that a warp of `attention_step` takes at a time."""
 MOST_PART = 8
-"""Query heads that it can keep in registers."""
+"""Query heads that a block takes: columns of a product of the tensor cores."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +92,16 @@ def attention_step(
     `splits` of each sequence, at `least` so many tokens each, `threads` of a block: for tuning. `ValueError` for sizes
     that it does not cover.
     """
-    if head_size not in (16, 32, 64, 128, 256) or heads % kv_heads or rotary % 2 or rotary > head_size:
+    if head_size not in (64, 128, 192, 256) or heads % kv_heads or rotary % 2 or rotary > head_size:
         raise ValueError(f"attention_step does not cover {heads} / {kv_heads} heads of {head_size}, {rotary} rotated")
-    group, lanes = heads // kv_heads, head_size // HEAD_DIMS
-    parts = -(-group // min(MOST_PART, lanes))
+    group = heads // kv_heads
+    parts = -(-group // MOST_PART)
     part = -(-group // parts)
-    threads = threads or min(256, WARP * lanes)
-    tile = threads // lanes * TOKENS
+    threads = threads or 256
+    tile = threads // WARP * TOKENS
     least = -(-(least or 16384 // head_size) // tile) * tile
-    splits = splits or max(1, PROCESSORS // (kv_heads * parts * batch))
+    # A block of small heads has fewer bytes on their way, and room beside it.
+    splits = splits or max(1, PROCESSORS * max(1, 128 // head_size) // (kv_heads * parts * batch))
     macros = {
         "BATCH": batch,
         "KV_HEADS": kv_heads,
@@ -123,7 +123,7 @@ def attention_step(
     return SequenceKernel(launch, blocks, blocks * splits * part * (head_size // 2 + 2))
 
 
-def _macros(values: dict[str, object]) -> tuple[tuple[str, str], ...]:
+def _macros(values: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
     return tuple((name, str(value)) for name, value in values.items())
 
 

@@ -214,7 +214,9 @@ class AttentionCase:
             group = self.heads // self.kv_heads
             seen = slice(0, position + 1)
             k, v = (np.repeat(c[sequence, :, seen].astype(np.float64), group, axis=0) for c in (keys, values))
-            scores = np.einsum("hd,htd->ht", turned[0], k) / math.sqrt(self.size)
+            # For the tensor cores queries are rounded to fp16, as they are scaled for scores to the base of two.
+            query = (turned[0] / (math.sqrt(self.size) * math.log(2))).astype(np.float16).astype(np.float64)
+            scores = np.einsum("hd,htd->ht", query, k) * math.log(2)
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             rows.append(np.einsum("ht,htd->hd", weights / weights.sum(axis=1, keepdims=True), v).ravel())
         return np.stack(rows), keys, values
@@ -254,7 +256,7 @@ ATTENTION = {
         AttentionCase(12, 1, 128, 128, [130], normed=True),
         {"splits": 6, "threads": 64, "least": 16},
     ),
-    "a group in unequal parts": (AttentionCase(9, 1, 32, 16, [50]), {"splits": 2, "threads": 32, "least": 32}),
+    "a group in unequal parts": (AttentionCase(9, 1, 64, 16, [50]), {"splits": 2, "threads": 32, "least": 32}),
     "a group of sixteen": (AttentionCase(16, 1, 64, 32, [65]), {"splits": 2, "threads": 64, "least": 32}),
     "sequences of different lengths": (
         AttentionCase(4, 2, 64, 64, [0, 31, 32, 33, 191, 192, 255], gate=True),
@@ -264,7 +266,7 @@ ATTENTION = {
         AttentionCase(2, 1, 128, 128, [299], normed=True),
         {"splits": 40, "threads": 32, "least": 8},
     ),
-    "little heads": (AttentionCase(4, 2, 16, 16, [100]), {"splits": 3}),
+    "heads of no power of two": (AttentionCase(4, 2, 192, 96, [100]), {"splits": 3}),
 }
 
 
@@ -276,7 +278,7 @@ def test_attention_step_is_softmax_attention(name: str, kernels: EmulatedKernels
 
 @pytest.mark.parametrize("position", [*range(60, 70)])
 def test_attention_step_puts_the_new_token_anywhere_in_a_stretch(position: int, kernels: EmulatedKernels) -> None:
-    AttentionCase(2, 1, 32, 32, [position], capacity=71).run(kernels, splits=3, threads=32, least=32)
+    AttentionCase(2, 1, 64, 32, [position], capacity=71).run(kernels, splits=3, threads=32, least=32)
 
 
 def test_sizes_that_no_kernel_covers_are_refused() -> None:

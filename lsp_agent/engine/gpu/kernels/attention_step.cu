@@ -2,60 +2,33 @@
 //
 // Flash-decoding: grid SPLITS x (KV_HEADS * PARTS) x BATCH. A block reads a stretch of one head's keys and values once,
 // for PART of the query heads that share it (Dao et al., 2023; Milakov and Gimelshein, 2018, for the softmax as it
-// goes); the last block of those heads puts the stretches together. A team of LANES threads takes TOKENS tokens at a
-// time, each thread 8 dimensions of them.
+// goes); the last block of those heads puts the stretches together. A warp takes TOKENS tokens at a time, on the tensor
+// cores: scores are queries (16 rows, PART of them used) times keys, sums are values transposed times weights.
 //
 // Macros: BATCH, KV_HEADS, GROUP (query heads for each of them), HEAD, ROTARY, GATE (0 or 1: a gate follows each query
 // in p), QK_NORM (0 or 1), EPSILON, P_STRIDE, PARTS (blocks that share a key head's GROUP), SPLITS, LEAST (tokens of a
 // split, at least), THREADS.
 
 #include "common.cuh"
+#include "tensor_cores.cuh"
 
 #define QUERY_STRIDE (HEAD * (1 + GATE))
 #define KEYS_AT (KV_HEADS * GROUP * QUERY_STRIDE)
 #define VALUES_AT (KEYS_AT + KV_HEADS * HEAD)
 #define PART ((GROUP + PARTS - 1) / PARTS)
-#define DIMS 8
-#define TOKENS 4
-#define LANES (HEAD / DIMS)
-#define TEAMS (THREADS / LANES)
+#define DIMS 8 // of a load of 16 bytes
+#define TOKENS 8
 #define WARPS (THREADS / WARP)
-#define TILE (TEAMS * TOKENS)
+#define TILE (WARPS * TOKENS)
+#define CHUNKS (HEAD / 32) // loads of a key: four lanes of 8 dimensions each
+#define STRIPS (HEAD / 64) // loads of a value: eight lanes
 #define COLUMNS ((HEAD + WARP - 1) / WARP)
 #define LOWEST -1e30f // finite, so that no difference is NaN
 #define LOADS 16 // of results at a time, when a block puts the stretches together
 
-__device__ constexpr int power_of_two(int least) {
-    int power = 1;
-    while (power < least) power *= 2;
-    return power;
-}
-constexpr int PADDED = power_of_two(PART);                        // heads
-constexpr int SCORES = PADDED * TOKENS;                           // of a team and turn, tokens of a head together
-constexpr int HELD = SCORES > LANES ? SCORES / LANES : 1;         // scores of a lane
-constexpr int COPIES = LANES > SCORES ? LANES / SCORES : 1;       // lanes of a score
-constexpr int HEAD_LANES = LANES / PADDED;                        // lanes of a head's scores
 constexpr int ROUND = PART * HEAD > 1024 ? (PART + 1) / 2 : PART; // heads merged at a time
 constexpr int STAGED = (WARPS * ROUND > PART + 1 ? WARPS * ROUND : PART + 1) * HEAD;
-static_assert(HEAD_LANES >= 1 && TEAMS <= WARP && LANES <= WARP && LEAST % TILE == 0, "sizes");
-
-// Sums of COUNT values over the lanes of a team, spread over them: lane i of the team ends with HELD of the sums, from
-// the one numbered i / COPIES * HELD. Halves what is left at each step, where a sum for every lane would not.
-template <int COUNT, int OFFSET> __device__ __forceinline__ void spread_sums(float *values, int lane) {
-    if constexpr (OFFSET > 0 && COUNT > 1) {
-        const bool upper = lane & OFFSET;
-#pragma unroll
-        for (int i = 0; i < COUNT / 2; i++) {
-            const float kept = upper ? values[i + COUNT / 2] : values[i];
-            const float given = upper ? values[i] : values[i + COUNT / 2];
-            values[i] = kept + __shfl_xor_sync(FULL_WARP, given, OFFSET);
-        }
-        spread_sums<COUNT / 2, OFFSET / 2>(values, lane);
-    } else if constexpr (OFFSET > 0) {
-        values[0] += __shfl_xor_sync(FULL_WARP, values[0], OFFSET);
-        spread_sums<1, OFFSET / 2>(values, lane);
-    }
-}
+static_assert(HEAD % 64 == 0 && PART <= 8 && WARPS <= WARP && LEAST % TILE == 0, "sizes");
 
 __device__ __forceinline__ void unpack(uint4 bits, float *values) {
     const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
@@ -99,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                    float *y, float *scratch, const float *query_norm, const float *key_norm, const __half *cosines,
                    const __half *sines, int *counters) {
     const int split = blockIdx.x, kv_head = blockIdx.y / PARTS, part = blockIdx.y % PARTS, sequence = blockIdx.z;
-    const int lane = threadIdx.x % LANES, team = threadIdx.x / LANES, warp = warp_index();
+    const int lane = lane_index(), warp = warp_index(), row = lane / 4, column = lane % 4;
     const int position = lengths[sequence], capacity = control[1];
     const int share = (position + SPLITS) / SPLITS; // of position + 1 tokens, rounded up
     const int stretch = share > LEAST ? (share + TILE - 1) / TILE * TILE : LEAST;
@@ -110,24 +83,32 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int last = owner ? position : start + stretch - 1;
     const int turns = (last - start) / TILE + 1;
 
-    __shared__ __align__(16) float staged[STAGED]; // first the queries, at the end the teams' results
-    __shared__ __align__(16) float weights[TEAMS][SCORES];
-    __shared__ float decays[TEAMS][PADDED], team_best[TEAMS][PADDED], team_total[TEAMS][PADDED];
+    __shared__ __align__(16) float staged[STAGED]; // first the queries, at the end the warps' results
+    __shared__ float warp_best[WARPS][8], warp_total[WARPS][8], factors[WARPS][8];
 
     const long long cached = ((long long)sequence * KV_HEADS + kv_head) * capacity * HEAD;
-    uint4 keys[TOKENS], values[TOKENS];
-    const auto load = [&](uint4 *into, const __half *cache, int token) {
+    uint4 keys[CHUNKS], values[STRIPS][2];
+    // Rows past the end repeat the last one, with weights of zero.
+    const auto load_keys = [&](int token) {
+        const int of = token + row < last ? token + row : last;
+        const __half *from = key_cache + cached + (long long)of * HEAD + column * DIMS;
 #pragma unroll
-        for (int t = 0; t < TOKENS; t++) {
-            const int row = token + t < last ? token + t : last;
-            into[t] = *(const uint4 *)(cache + cached + (long long)row * HEAD + lane * DIMS);
+        for (int c = 0; c < CHUNKS; c++) keys[c] = *(const uint4 *)(from + c * 32);
+    };
+    const auto load_values = [&](int token) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int of = token + 2 * column + i < last ? token + 2 * column + i : last;
+            const __half *from = value_cache + cached + (long long)of * HEAD + row * DIMS;
+#pragma unroll
+            for (int s = 0; s < STRIPS; s++) values[s][i] = *(const uint4 *)(from + s * 64);
         }
     };
-    int token = start + team * TOKENS;
+    int token = start + warp * TOKENS;
     // Earlier steps wrote what the cache holds: only the new token's row must wait.
     if (!owner) {
-        load(keys, key_cache, token);
-        load(values, value_cache, token);
+        load_keys(token);
+        load_values(token);
     }
 
     grid_dependency_wait();
@@ -154,74 +135,70 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     __syncthreads();
     if (owner) {
-        load(keys, key_cache, token);
-        load(values, value_cache, token);
+        load_keys(token);
+        load_values(token);
     }
 
-    float query[PART][DIMS], sums[PART][DIMS];
+    // Which dimension is which column of a product is free, as long as queries and keys agree: 16 bytes of each.
+    unsigned query[CHUNKS][4];
     const float scale = rsqrtf((float)HEAD) * 1.44269504f; // scores to the base of two
 #pragma unroll
-    for (int h = 0; h < PART; h++) {
+    for (int c = 0; c < CHUNKS; c++) {
+        const float *from = staged + (row < PART ? row : 0) * HEAD + c * 32 + column * DIMS;
 #pragma unroll
-        for (int d = 0; d < DIMS; d++) {
-            query[h][d] = staged[h * HEAD + lane * DIMS + d] * scale;
-            sums[h][d] = 0.0f;
-        }
+        for (int i = 0; i < 4; i++)
+            query[c][i] = row < PART ? as_bits(__floats2half2_rn(from[2 * i] * scale, from[2 * i + 1] * scale)) : 0u;
     }
-    const int first = lane / COPIES * HELD; // the first score that this lane holds
-    float best = LOWEST, total = 0.0f;
+    // Head 2 * column (and the one after it), dimensions 64 s + 8 row + 2 i (and the one after it)
+    float sums[STRIPS][4][4] = {};
+    float best = LOWEST, total = 0.0f; // of head `row`
     for (int turn = 0; turn < turns; turn++, token += TILE) {
-        float scores[SCORES];
+        float scores[2][4] = {};
 #pragma unroll
-        for (int i = PART * TOKENS; i < SCORES; i++) scores[i] = 0.0f;
-#pragma unroll
-        for (int t = 0; t < TOKENS; t++) {
-            float key[DIMS];
-            unpack(keys[t], key);
-#pragma unroll
-            for (int h = 0; h < PART; h++) {
-                float score = 0.0f;
-#pragma unroll
-                for (int d = 0; d < DIMS; d++) score += query[h][d] * key[d];
-                scores[h * TOKENS + t] = score;
-            }
+        for (int c = 0; c < CHUNKS; c++) {
+            multiply_16x8x16(scores[0], query[c][0], query[c][1], keys[c].x, keys[c].y);
+            multiply_16x8x16(scores[1], query[c][2], query[c][3], keys[c].z, keys[c].w);
         }
-        if (turn + 1 < turns) load(keys, key_cache, token + TILE);
-        spread_sums<SCORES, LANES / 2>(scores, lane);
+        if (turn + 1 < turns) load_keys(token + TILE);
 
-        float higher = best;
+        float score[2], higher = best;
 #pragma unroll
-        for (int i = 0; i < HELD; i++) {
-            if (token + (first + i) % TOKENS > last) scores[i] = 2 * LOWEST;
-            higher = fmaxf(higher, scores[i]);
+        for (int i = 0; i < 2; i++) {
+            score[i] = token + 2 * column + i > last ? 2 * LOWEST : scores[0][i] + scores[1][i];
+            higher = fmaxf(higher, score[i]);
         }
-        higher = warp_max<HEAD_LANES>(higher);
+        higher = warp_max<4>(higher);
         const float decay = exp2f(best - higher);
         best = higher;
-        total *= decay;
-        __syncwarp(); // the weights of the turn before have been read
+        const __half2 weights = __floats2half2_rn(exp2f(score[0] - best), exp2f(score[1] - best));
+        const float2 rounded = __half22float2(weights);
+        total = total * decay + rounded.x + rounded.y;
+        if (__any_sync(FULL_WARP, decay != 1.0f)) {
+            const float first = __shfl_sync(FULL_WARP, decay, 8 * column);
+            const float second = __shfl_sync(FULL_WARP, decay, 8 * column + 4);
 #pragma unroll
-        for (int i = 0; i < HELD; i++) {
-            const float weight = exp2f(scores[i] - best);
-            total += weight;
-            weights[team][first + i] = weight;
+            for (int s = 0; s < STRIPS; s++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    sums[s][i][0] *= first;
+                    sums[s][i][1] *= second;
+                    sums[s][i][2] *= first;
+                    sums[s][i][3] *= second;
+                }
+            }
         }
-        decays[team][first / TOKENS] = decay;
-        __syncwarp();
-
-        float value[TOKENS][DIMS];
 #pragma unroll
-        for (int t = 0; t < TOKENS; t++) unpack(values[t], value[t]);
-        if (turn + 1 < turns) load(values, value_cache, token + TILE);
+        for (int s = 0; s < STRIPS; s++) {
+            const uint4 even = values[s][0], odd = values[s][1];
+            const unsigned pairs[4][2] = {{even.x, odd.x}, {even.y, odd.y}, {even.z, odd.z}, {even.w, odd.w}};
 #pragma unroll
-        for (int h = 0; h < PART; h++) {
-            const float fade = decays[team][h];
-            const float4 weight = *(const float4 *)&weights[team][h * TOKENS];
-#pragma unroll
-            for (int d = 0; d < DIMS; d++)
-                sums[h][d] = sums[h][d] * fade + weight.x * value[0][d] + weight.y * value[1][d] +
-                             weight.z * value[2][d] + weight.w * value[3][d];
+            for (int i = 0; i < 4; i++) {
+                const unsigned upper = __byte_perm(pairs[i][0], pairs[i][1], 0x5410);
+                const unsigned lower = __byte_perm(pairs[i][0], pairs[i][1], 0x7632);
+                multiply_16x8x8(sums[s][i], upper, lower, as_bits(weights));
+            }
         }
+        if (turn + 1 < turns) load_values(token + TILE);
     }
 
     const long long of_heads = ((long long)sequence * KV_HEADS + kv_head) * PARTS + part;
@@ -230,18 +207,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float2 *statistics = (float2 *)(scratch + (long long)BATCH * KV_HEADS * PARTS * SPLITS * PART * (HEAD / 2)) +
                          of_heads * SPLITS * PART;
 
-    // The teams' results become one: scaled to the same highest score, and to weights that sum to one.
-    total = warp_sum<HEAD_LANES>(total) / COPIES;
-    team_best[team][first / TOKENS] = best;
-    team_total[team][first / TOKENS] = total;
+    // The warps' results become one: scaled to the same highest score, and to weights that sum to one.
+    total = warp_sum<4>(total);
+    if (column == 0) {
+        warp_best[warp][row] = best;
+        warp_total[warp][row] = total;
+    }
     __syncthreads();
     for (int h = warp; h < PART; h += WARPS) {
-        const int other = lane_index();
-        const float others_best = other < TEAMS ? team_best[other][h] : LOWEST;
+        const float others_best = lane < WARPS ? warp_best[lane][h] : LOWEST;
         const float block_best = warp_max(others_best), factor = exp2f(others_best - block_best);
-        const float block_total = warp_sum(other < TEAMS ? factor * team_total[other][h] : 0.0f);
-        if (other < TEAMS) decays[other][h] = factor / block_total;
-        if (other == 0 && active > 1) statistics[split * PART + h] = make_float2(block_best, block_total);
+        const float block_total = warp_sum(lane < WARPS ? factor * warp_total[lane][h] : 0.0f);
+        if (lane < WARPS) factors[lane][h] = factor / block_total;
+        if (lane == 0 && active > 1) statistics[split * PART + h] = make_float2(block_best, block_total);
     }
     __syncthreads();
 
@@ -250,20 +228,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int merged = 0; merged < PART; merged += ROUND) {
 #pragma unroll
-        for (int h = merged; h < merged + ROUND && h < PART; h++) {
-            const float factor = decays[team][h];
-            float sum[DIMS];
+        for (int i = 0; i < 2; i++) {
+            const int h = 2 * column + i;
+            if (h >= merged && h < merged + ROUND && h < PART) {
+                const float factor = factors[warp][h];
 #pragma unroll
-            for (int d = 0; d < DIMS; d++) {
-                sum[d] = sums[h][d] * factor;
+                for (int s = 0; s < STRIPS; s++) {
+                    float4 *to = (float4 *)(staged + (warp * ROUND + h - merged) * HEAD + s * 64 + row * DIMS);
 #pragma unroll
-                for (int offset = LANES; offset < WARP; offset *= 2)
-                    sum[d] += __shfl_xor_sync(FULL_WARP, sum[d], offset);
-            }
-            if (lane_index() < LANES) {
-                float4 *to = (float4 *)(staged + (warp * ROUND + h - merged) * HEAD + lane * DIMS);
-                to[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
-                to[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
+                    for (int j = 0; j < 2; j++)
+                        to[j] = make_float4(sums[s][2 * j][i] * factor, sums[s][2 * j][i + 2] * factor,
+                                            sums[s][2 * j + 1][i] * factor, sums[s][2 * j + 1][i + 2] * factor);
+                }
             }
         }
         __syncthreads();
@@ -298,8 +274,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     __syncthreads();
     if (!is_last) return;
-    for (int item = threadIdx.x; item < heads * LANES; item += THREADS) {
-        const int h = item / LANES;
+    for (int item = threadIdx.x; item < heads * (HEAD / DIMS); item += THREADS) {
+        const int h = item / (HEAD / DIMS);
         float best = LOWEST, total = 0.0f, sum[DIMS] = {};
         for (int from = 0; from < active; from += LOADS) {
             uint4 loaded[LOADS];

@@ -1,7 +1,8 @@
 // One token of Gated DeltaNet for each sequence: causal convolution, unit length, gates, and the delta rule.
 //
 // Grid: SPLITS x VALUE_HEADS x BATCH. A block owns VALUE_SIZE / SPLITS rows of a value head's state and convolves what
-// they need: the key head's q and k again in each of its blocks, its own rows of v alone. ROW_LANES threads share a row.
+// they need: the key head's q and k again in each of its blocks, its own rows of v alone. ROW_LANES threads share a
+// row.
 //
 // Macros: BATCH, KEY_HEADS, VALUE_HEADS, KEY_SIZE, VALUE_SIZE, CONV (the convolution's length), P_STRIDE, GATES (where
 // in p the gates of the first key head are), SPLITS, ROW_LANES, THREADS.
@@ -131,9 +132,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const int row = i * GROUPS + group;
         if (row < ROWS) {
             const float correction = beta * (convolved[2 * KEY_SIZE + row] - decay * by_key);
+            const float scale = correction * key_norm;
 #pragma unroll
             for (int j = 0; j < VECTORS; j++)
-                present[(row * VECTORS + j) * ROW_LANES + lane] = blend(decay, state[i][j], correction * key_norm, key[j]);
+                present[(row * VECTORS + j) * ROW_LANES + lane] = blend(decay, state[i][j], scale, key[j]);
             // S'^T q of the new state S', without another sum over its rows
             if (lane == 0)
                 y[(long long)sequence * VALUE_WIDTH + first_value + row] = decay * by_query + correction * query_key;

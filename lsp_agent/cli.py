@@ -18,6 +18,7 @@ COMMANDS = {
     "model": ("lsp_agent.commands.model:model", "List, install, inspect and remove models."),
     "generate": ("lsp_agent.commands.generate:generate", "Run the model on a prompt."),
     "eval": ("lsp_agent.commands.evaluate:evaluate", "Measure the agent on executable tasks."),
+    "bench": ("lsp_agent.commands.bench:bench", "Measure what this machine does with a model, weights or not."),
     "doctor": ("lsp_agent.commands.doctor:doctor", "Say what this machine has and what would be used."),
 }
 

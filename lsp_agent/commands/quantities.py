@@ -7,6 +7,9 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from lsp_agent.errors import ExitCode, UserError
 
+MOST_TOGETHER = 8
+"""Sequences that can be decoded together."""
+
 
 class _Size(click.ParamType):
     name = "size"
@@ -41,4 +44,17 @@ class _TokenList(click.ParamType):
         return tuple(TOKENS.convert(part, param, ctx) for part in str(value).split(","))
 
 
-SIZE, TOKENS, TOKEN_LIST = _Size(), _Tokens(), _TokenList()
+class _Numbers(click.ParamType):
+    name = "n,..."
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:  # noqa: ARG002
+        """Whole numbers from 1 to 8, separated by commas; raises `UserError`."""
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        if not all(part.isdecimal() and 1 <= int(part) <= MOST_TOGETHER for part in parts):
+            raise UserError(f"{value!r} is no list of numbers from 1 to {MOST_TOGETHER}, such as 1,4.", ExitCode.USAGE)
+        return tuple(map(int, parts))
+
+
+SIZE, TOKENS, TOKEN_LIST, NUMBERS = _Size(), _Tokens(), _TokenList(), _Numbers()

@@ -20,6 +20,9 @@ constexpr int MOST_EACH = EACH > EACH_FOUND ? EACH : EACH_FOUND;
 constexpr int KEPT = (BEST < THREADS ? BEST : THREADS) * MOST_EACH;
 static_assert(BEST <= THREADS && (KEPT + THREADS) * 16 < 46 * 1024, "what is left fits in shared memory");
 
+// NVRTC knows no INFINITY.
+__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
+
 __device__ __forceinline__ Key key_of(float logit, int id) {
     const unsigned bits = __float_as_uint(logit == 0.0f ? 0.0f : logit); // -0 is 0
     const unsigned ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -27,7 +30,7 @@ __device__ __forceinline__ Key key_of(float logit, int id) {
 }
 __device__ __forceinline__ float logit_of(Key key) {
     const unsigned ordered = key >> 32;
-    return key ? __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered) : -INFINITY;
+    return key ? __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered) : minus_infinity();
 }
 __device__ __forceinline__ int id_of(Key key) { return key ? (int)~(unsigned)key : -1; }
 
@@ -81,18 +84,18 @@ candidates(const float *logits, float *values, int *ids, float *log_sum_exp, flo
     const int token = blockIdx.y;
     float *const records = scratch + (long long)token * BLOCKS * RECORD, *const record = records + blockIdx.x * RECORD;
     grid_dependency_wait();
-    float own[EACH], maximum = -INFINITY, sum = 0.0f;
+    float own[EACH], maximum = minus_infinity(), sum = 0.0f;
     Key keys[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
         const int id = (i * BLOCKS + blockIdx.x) * THREADS + threadIdx.x;
-        own[i] = id < VOCABULARY ? __ldcg(logits + (long long)token * VOCABULARY + id) : -INFINITY;
+        own[i] = id < VOCABULARY ? __ldcg(logits + (long long)token * VOCABULARY + id) : minus_infinity();
         keys[i] = id < VOCABULARY ? key_of(own[i], id) : 0;
         maximum = fmaxf(maximum, own[i]);
     }
     maximum = block_max(maximum);
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) sum += own[i] == -INFINITY ? 0.0f : expf(own[i] - maximum);
+    for (int i = 0; i < EACH; ++i) sum += own[i] == minus_infinity() ? 0.0f : expf(own[i] - maximum);
     sum = block_sum(sum);
     select(keys, best);
     for (int i = threadIdx.x; i < BEST; i += THREADS) {
@@ -120,13 +123,13 @@ candidates(const float *logits, float *values, int *ids, float *log_sum_exp, flo
             found[i] = (Key)__ldcg(from + 1) << 32 | __ldcg(from);
         }
     }
-    float block_maximum = -INFINITY, part = 0.0f;
+    float block_maximum = minus_infinity(), part = 0.0f;
     for (int block = threadIdx.x; block < BLOCKS; block += THREADS)
         block_maximum = fmaxf(block_maximum, __ldcg(records + block * RECORD + 2 * BEST));
     maximum = block_max(block_maximum);
     for (int block = threadIdx.x; block < BLOCKS; block += THREADS) {
         const float other = __ldcg(records + block * RECORD + 2 * BEST);
-        if (other > -INFINITY) part += expf(other - maximum) * __ldcg(records + block * RECORD + 2 * BEST + 1);
+        if (other > minus_infinity()) part += expf(other - maximum) * __ldcg(records + block * RECORD + 2 * BEST + 1);
     }
     sum = block_sum(part);
     select(found, best);

@@ -195,7 +195,8 @@ def test_the_embedding_keeps_its_rows(package, kind, name):
 def test_an_embedding_in_blocks_becomes_fp16(tiny_package, kind):
     one = Package(tiny_package(GGMLQuantizationType[kind]))
     assert one.weights["token_embd"].type == kind
-    address, found = DeviceWeights(one, HostMemory()).embedding()
+    weights = DeviceWeights(one, HostMemory())
+    address, found = weights.embedding()
     assert found == "f16"
     ids = np.arange(one.config.vocabulary)
     table = at(address, (one.config.vocabulary, one.config.hidden), np.float16)

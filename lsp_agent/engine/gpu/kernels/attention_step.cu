@@ -111,6 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         load_values(token);
     }
 
+    grid_launch_dependents();
     grid_dependency_wait();
 
     const float *projected = p + (long long)sequence * P_STRIDE;

@@ -73,6 +73,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     const float rate = a[head], offset = dt[head];
 
+    grid_launch_dependents();
     grid_dependency_wait();
 
     const float *projected = p + (long long)sequence * P_STRIDE;

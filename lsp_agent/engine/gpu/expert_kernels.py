@@ -62,7 +62,7 @@ class SharedExpert:
 class ExpertTuning:
     """How the kernels spread their work; the results are the same up to rounding.
 
-    Integers: a warp owns `up_rows` or `down_rows` rows, a block has `up_warps` or `down_warps` warps. MXFP4: a block
+    Integers: a warp owns `up_rows` or `down_rows` rows (a multiple of 4; of 8 bits, of 2), a block has `up_warps` or `down_warps` warps. MXFP4: a block
     owns `up_block` or `down_block` rows, a multiple of 32.
     """
 
@@ -115,12 +115,11 @@ def experts_up(batch: int, sizes: ExpertSizes, form: ExpertForm, tuning: ExpertT
         grid = (2 * sizes.width // rows, batch * sizes.used, 1)
         launch = Launch("mxfp4_up", _macros(macros), grid, (threads, 1, 1), threads * MXFP4_STEP * LANE_BYTES)
         return ExpertKernel(launch)
-    per_warp = _part(2 * sizes.width, tuning.up_rows, 2)
+    per_warp = _part(2 * sizes.width, tuning.up_rows, 16 // form.bits)
     warps = _part(2 * sizes.width // per_warp, tuning.up_warps)
-    lane_chunks = _ceil(sizes.hidden * form.bits // 8, WARP * LANE_BYTES)
     macros |= {"ROWS": per_warp, "WARPS": warps}
     grid = (2 * sizes.width // (per_warp * warps), batch * sizes.used, 1)
-    shared = per_warp * lane_chunks * warps * WARP * LANE_BYTES
+    shared = per_warp * warps * sizes.hidden * form.bits // 8
     return ExpertKernel(Launch("experts_up", _macros(macros), grid, (warps * WARP, 1, 1), shared))
 
 
@@ -152,18 +151,15 @@ def experts_down(
         grid = (sizes.hidden // rows, parts, batch)
         launch = Launch("mxfp4_down", _macros(macros), grid, (threads, 1, 1), threads * MXFP4_STEP * LANE_BYTES)
         return ExpertKernel(launch, batch * parts * sizes.hidden, batch * (sizes.hidden // rows))
-    per_warp = _part(sizes.hidden, tuning.down_rows)
+    per_warp = _part(sizes.hidden, tuning.down_rows, 16 // form.bits)
     warps = _part(sizes.hidden // per_warp, tuning.down_warps)
-    items = _ceil(sizes.used * sizes.width * form.bits // 8, WARP * LANE_BYTES)
+    staged = per_warp * warps * sizes.used * sizes.width * form.bits // 8
     if shared is not None and shared.down.bits != 16:
-        items += _ceil(shared.width * shared.down.bits // 8, WARP * LANE_BYTES)
+        lane_chunks = _ceil(shared.width * shared.down.bits // 8, WARP * LANE_BYTES)
+        staged += per_warp * warps * lane_chunks * WARP * LANE_BYTES
     macros |= {"ROWS": per_warp, "WARPS": warps}
     grid = (sizes.hidden // (per_warp * warps), batch, 1)
-    return ExpertKernel(
-        Launch(
-            "experts_down", _macros(macros), grid, (warps * WARP, 1, 1), items * per_warp * warps * WARP * LANE_BYTES
-        )
-    )
+    return ExpertKernel(Launch("experts_down", _macros(macros), grid, (warps * WARP, 1, 1), staged))
 
 
 def _check(sizes: ExpertSizes, form: ExpertForm) -> None:

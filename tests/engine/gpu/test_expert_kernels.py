@@ -151,8 +151,8 @@ def check_down(kernels, mixture, random, batch, tuning=None):
 
 
 TUNINGS = [
-    ExpertTuning(up_rows=2, up_warps=1, down_rows=1, down_warps=8, up_block=32, down_block=32),
-    ExpertTuning(up_rows=4, up_warps=8, down_rows=8, down_warps=4, up_block=128, down_block=256),
+    ExpertTuning(up_rows=4, up_warps=1, down_rows=4, down_warps=8, up_block=32, down_block=32),
+    ExpertTuning(up_rows=16, up_warps=8, down_rows=8, down_warps=4, up_block=128, down_block=256),
 ]
 
 

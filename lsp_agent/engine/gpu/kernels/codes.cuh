@@ -6,7 +6,7 @@
 
 #include "common.cuh"
 
-template <int CODE_BITS> constexpr int CHUNK = 128 / CODE_BITS;
+template <int CODE_BITS> constexpr unsigned CHUNK = 128 / CODE_BITS;
 template <int CODE_BITS> constexpr float CODE_UNIT = CODE_BITS == 4 ? 16.0f : 128.0f;
 
 // What is subtracted from a code, in the terms of `Chunk::even` and `odd`.
@@ -55,19 +55,19 @@ __device__ __forceinline__ float dot_chunk(uint4 codes, const __half2 (&x)[CHUNK
 }
 
 // MatMulNBits keeps columns in their order, the low nibble first: which half of a chunk's x column `column` belongs in.
-template <int CODE_BITS> __device__ __forceinline__ int activation_place(int column) {
+template <int CODE_BITS> __device__ __forceinline__ unsigned activation_place(unsigned column) {
     if constexpr (CODE_BITS == 16) return column;
-    const int start = column / CHUNK<CODE_BITS> * CHUNK<CODE_BITS>, within = column % CHUNK<CODE_BITS>;
-    const int word = within / (32 / CODE_BITS), code = within % (32 / CODE_BITS);
-    const int pair = CODE_BITS == 4 ? code % 4 : code % 2, second = CODE_BITS == 4 ? code / 4 : code / 2;
+    const unsigned start = column / CHUNK<CODE_BITS> * CHUNK<CODE_BITS>, within = column % CHUNK<CODE_BITS>;
+    const unsigned word = within / (32 / CODE_BITS), code = within % (32 / CODE_BITS);
+    const unsigned pair = CODE_BITS == 4 ? code % 4 : code % 2, second = CODE_BITS == 4 ? code / 4 : code / 2;
     return start + 2 * (4 * pair + word) + second;
 }
 
 // Activations in shared memory: the 16-byte pieces of chunk `chunk` are permuted so that lanes which read the same
 // piece of neighbouring chunks hit different banks.
-template <int CODE_BITS> __device__ __forceinline__ int swizzled(int piece_of_all) {
-    constexpr int PIECES = CHUNK<CODE_BITS> / 8;
-    const int chunk = piece_of_all / PIECES, piece = piece_of_all % PIECES;
+template <int CODE_BITS> __device__ __forceinline__ unsigned swizzled(unsigned piece_of_all) {
+    constexpr unsigned PIECES = CHUNK<CODE_BITS> / 8;
+    const unsigned chunk = piece_of_all / PIECES, piece = piece_of_all % PIECES;
     return chunk * PIECES + (piece ^ (chunk / (8 / PIECES) % PIECES));
 }
 
@@ -79,16 +79,16 @@ __device__ __forceinline__ void unpack_activations(__half2 *x, uint4 piece) {
 }
 
 template <int CODE_BITS>
-__device__ __forceinline__ void read_activations(__half2 (&x)[CHUNK<CODE_BITS> / 2], const uint4 *staged, int chunk) {
-    constexpr int PIECES = CHUNK<CODE_BITS> / 8;
+__device__ __forceinline__ void read_activations(__half2 (&x)[CHUNK<CODE_BITS> / 2], const uint4 *staged, unsigned chunk) {
+    constexpr unsigned PIECES = CHUNK<CODE_BITS> / 8;
 #pragma unroll
-    for (int piece = 0; piece < PIECES; ++piece)
+    for (unsigned piece = 0; piece < PIECES; ++piece)
         unpack_activations(x + 4 * piece, staged[swizzled<CODE_BITS>(chunk * PIECES + piece)]);
 }
 
 // Zero points as MatMulNBits and QMoE pack them: [rows, ceil(blocks * CODE_BITS / 8)] bytes, the low nibble first.
 template <int CODE_BITS>
-__device__ __forceinline__ unsigned zero_point(const unsigned char *points, long long row, int blocks, int block) {
+__device__ __forceinline__ unsigned zero_point(const unsigned char *points, unsigned row, unsigned blocks, unsigned block) {
     if constexpr (CODE_BITS == 8) return points[row * blocks + block];
     return points[row * ((blocks + 1) / 2) + block / 2] >> block % 2 * 4 & 15u;
 }
@@ -99,7 +99,7 @@ __device__ __forceinline__ unsigned zero_point(const unsigned char *points, long
 template <int COUNT, int OFFSET = WARP / 2, int LAST = 1> __device__ __forceinline__ void scatter_sums(float *values) {
     if constexpr (OFFSET >= LAST && OFFSET > 0) {
         if constexpr (COUNT > 1) {
-            const bool upper = lane_index() & OFFSET;
+            const bool upper = threadIdx.x & OFFSET;
 #pragma unroll
             for (int i = 0; i < COUNT / 2; ++i) {
                 const float sent = upper ? values[i] : values[i + COUNT / 2];

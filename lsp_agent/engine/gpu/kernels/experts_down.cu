@@ -4,8 +4,8 @@
 // Grid: HIDDEN / (ROWS * WARPS) x BATCH. A warp owns ROWS rows of one token and of all its experts, so that nothing is
 // summed across blocks; its lanes take the 16-byte chunks of the rows of one expert after the other.
 //
-// Macros: BATCH, USED (at most 32), HIDDEN, WIDTH, BITS, BLOCK, ZERO, ADDRESSES, ROWS (1, 2, 4, 8), WARPS as of experts_up; those of
-// shared_expert.cuh (SHARED_WIDTH 0: none). Dynamic shared memory: a warp's codes.
+// Macros: BATCH, USED (at most 32), HIDDEN, WIDTH, BITS, BLOCK, ZERO, ADDRESSES, ROWS, WARPS as of experts_up; those of
+// shared_expert.cuh (SHARED_WIDTH 0: none). Dynamic shared memory: the codes of a block.
 
 #include "codes.cuh"
 
@@ -16,17 +16,26 @@
 #define THREADS (WARPS * WARP)
 
 static_assert(COLUMNS % 64 == 0 && COLUMNS % BLOCK == 0 && BLOCK % CHUNK<BITS> == 0, "columns come in whole chunks");
-static_assert(ROWS <= 8 && HIDDEN % (ROWS * WARPS) == 0, "a warp owns whole rows");
 
 #include "expert_rows.cuh"
+
+#define UNITS (ROWS * CHUNKS)
+#define COPIES ((USED * UNITS + WARP - 1) / WARP)
+// Copies come in two groups, so that the first experts are computed while the others are under way: how many are in the
+// first, and from which item on the second is needed.
+#define FIRST_COPIES (COPIES >= 3 ? COPIES / 2 + 1 : COPIES)
+#define FIRST_ITEMS (FIRST_COPIES < COPIES ? FIRST_COPIES * WARP / UNITS * CHUNKS / WARP : 0)
+static_assert(ROWS % INTERLEAVE == 0 && ROWS <= WARP && HIDDEN % (ROWS * WARPS) == 0, "a warp owns rows that lie together");
 #if SHARED_WIDTH
 #include "shared_expert.cuh"
 #endif
 
 // A lane's i-th chunk: whether there is one, of which of the token's experts, and which of the row. Of none, a valid place.
-__device__ __forceinline__ bool is_item(int i) { return USED * CHUNKS % WARP == 0 || i * WARP + lane_index() < USED * CHUNKS; }
-__device__ __forceinline__ int used_of(int i) { return is_item(i) ? (i * WARP + lane_index()) / CHUNKS : 0; }
-__device__ __forceinline__ int chunk_of(int i) { return (i * WARP + lane_index()) % CHUNKS; }
+__device__ __forceinline__ bool is_item(unsigned i) {
+    return USED * CHUNKS % WARP == 0 || i * WARP + threadIdx.x % WARP < USED * CHUNKS;
+}
+__device__ __forceinline__ unsigned used_of(unsigned i) { return is_item(i) ? (i * WARP + threadIdx.x % WARP) / CHUNKS : 0; }
+__device__ __forceinline__ unsigned chunk_of(unsigned i) { return (i * WARP + threadIdx.x % WARP) % CHUNKS; }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     experts_down(const __half *__restrict__ act, const int *__restrict__ experts, const float *__restrict__ weights,
@@ -35,27 +44,28 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                  const unsigned char *__restrict__ shared_zero_points) {
     __shared__ uint4 activations[USED * WIDTH / 8];
     DYNAMIC_SHARED(dynamic);
-    uint4 *staged = (uint4 *)dynamic + threadIdx.x;
-    const int lane = lane_index(), token = blockIdx.y, first = (blockIdx.x * WARPS + warp_index()) * ROWS;
+    const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, token = blockIdx.y;
+    const unsigned first = (blockIdx.x * WARPS + warp) * ROWS;
+    uint4 *staged = (uint4 *)dynamic + warp * USED * UNITS, *target = staged + staged_unit(lane);
 #if SHARED_WIDTH
     // These are the same whatever was routed, so they need not wait for it.
-    uint4 *const staged_shared = staged + ROWS * ITEMS * THREADS;
+    uint4 *const staged_shared = (uint4 *)dynamic + WARPS * USED * UNITS + threadIdx.x;
     load_shared<ROWS>(staged_shared, THREADS, first, shared_codes);
     copies_commit();
 #endif
     grid_dependency_wait();
     // Addresses hang on two loads, so those of all experts are asked for together, by a lane each.
-    const int mine = token * USED + (lane < USED ? lane : 0);
-    const long long *entry = table + (long long)experts[mine] * ADDRESSES;
+    const unsigned mine = token * USED + (lane < USED ? lane : 0);
+    const long long *entry = table + experts[mine] * ADDRESSES;
     const long long codes = entry[2], scales = entry[3], points = ZERO ? entry[5] : 0;
     const float weight = weights[mine] * CODE_UNIT<BITS>;
 #pragma unroll
-    for (int i = 0; i < ITEMS; ++i) {
-        const uint4 *item = (const uint4 *)__shfl_sync(FULL_WARP, codes, used_of(i));
-#pragma unroll
-        for (int row = 0; row < ROWS; ++row)
-            copy_async(staged + (i * ROWS + row) * THREADS, item + chunk_place(first + row, chunk_of(i)), is_item(i));
-        copies_commit();
+    for (int i = 0; i < COPIES; ++i) {
+        const unsigned unit = i * WARP + lane;
+        const bool present = USED * UNITS % WARP == 0 || unit < USED * UNITS;
+        const uint4 *item = (const uint4 *)__shfl_sync(FULL_WARP, codes, present ? unit / UNITS : 0);
+        if (present) copy_async(target + i * WARP, item + first * CHUNKS + unit % UNITS);
+        if (i == FIRST_COPIES - 1 || i == COPIES - 1) copies_commit();
     }
     float factors[ITEMS][ROWS];
 #pragma unroll
@@ -66,8 +76,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         for (int row = 0; row < ROWS; ++row)
             factors[i][row] = is_item(i) ? share * __half2float(__ldg(item + scale_place(first + row, chunk_of(i)))) : 0.0f;
     }
-    const uint4 *x = (const uint4 *)(act + (long long)token * USED * WIDTH);
-    for (int piece = threadIdx.x; piece < USED * WIDTH / 8; piece += THREADS) activations[swizzled<BITS>(piece)] = x[piece];
+    const uint4 *x = (const uint4 *)(act + token * USED * WIDTH);
+    for (unsigned piece = threadIdx.x; piece < USED * WIDTH / 8; piece += THREADS) activations[swizzled<BITS>(piece)] = x[piece];
 #if SHARED_WIDTH
     __shared__ __align__(16) __half shared_activations[SHARED_WIDTH];
     stage_shared(r + token * R_STRIDE, shared_activations);
@@ -75,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __syncthreads();
     float sums[ROWS] = {};
 #if SHARED_WIDTH
-    copies_wait(ITEMS < 8 ? ITEMS : 7);
+    copies_wait(FIRST_COPIES < COPIES ? 2 : 1);
     const float gate = sigmoid(r[token * R_STRIDE + GATE_OFFSET]);
     add_shared<ROWS>(sums, staged_shared, THREADS, first, gate, shared_activations, shared_codes, shared_scales,
                      shared_zero_points);
@@ -85,13 +95,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const unsigned char *points_of_item = (const unsigned char *)(ZERO ? __shfl_sync(FULL_WARP, points, used_of(i)) : 0);
         __half2 x[CHUNK<BITS> / 2];
         read_activations<BITS>(x, activations, used_of(i) * CHUNKS + chunk_of(i));
-        copies_wait(ITEMS - 1 - i < 8 ? ITEMS - 1 - i : 7);
+        if (i == 0 || i == FIRST_ITEMS) {
+            copies_wait(i == FIRST_ITEMS ? 0 : 1);
+            __syncwarp();
+        }
 #pragma unroll
-        for (int row = 0; row < ROWS; ++row)
-            sums[row] += factors[i][row] *
-                         dot_chunk<BITS>(staged[(i * ROWS + row) * THREADS], x, zero_of(points_of_item, first + row, chunk_of(i)));
+        for (int row = 0; row < ROWS; ++row) {
+            const uint4 loaded = staged[staged_chunk(used_of(i) * UNITS, row, chunk_of(i))];
+            const Zero<BITS> zero = zero_of(points_of_item, first + row, chunk_of(i));
+            sums[row] += factors[i][row] * dot_chunk<BITS>(loaded, x, zero);
+        }
     }
     scatter_sums<ROWS>(sums);
     if (lane % (WARP / ROWS) == 0)
-        out[(long long)token * HIDDEN + first + lane / (WARP / ROWS)] = __float2half(sums[0]);
+        out[token * HIDDEN + first + lane / (WARP / ROWS)] = __float2half(sums[0]);
 }

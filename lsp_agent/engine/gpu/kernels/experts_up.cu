@@ -4,7 +4,7 @@
 // asks for all of their codes at once and keeps the token's activations in registers.
 //
 // Macros: BATCH, USED, HIDDEN, WIDTH, BITS, BLOCK (columns of a scale), ZERO (with zero points), ADDRESSES (of an expert, in
-// `table`), ROWS (2, 4, 8), WARPS. Dynamic shared memory: a warp's codes.
+// `table`), ROWS (a multiple of INTERLEAVE), WARPS. Dynamic shared memory: the codes of a block.
 
 #include "codes.cuh"
 
@@ -15,63 +15,69 @@
 #define THREADS (WARPS * WARP)
 
 static_assert(COLUMNS % 64 == 0 && COLUMNS % BLOCK == 0 && BLOCK % CHUNK<BITS> == 0, "columns come in whole chunks");
-static_assert(ROWS % 2 == 0 && ROWS <= 8 && 2 * WIDTH % (ROWS * WARPS) == 0, "a warp owns pairs of gate and up");
 
 #include "expert_rows.cuh"
+
+#define UNITS (ROWS * CHUNKS)
+#define COPIES ((UNITS + WARP - 1) / WARP)
+// Rows that lie together are a group of copies each, so that the first are computed while the last are under way.
+#define GROUPS (INTERLEAVE * CHUNKS % WARP == 0 ? ROWS / INTERLEAVE : 1)
+static_assert(ROWS % INTERLEAVE == 0 && ROWS <= 8 * INTERLEAVE && ROWS <= WARP && 2 * WIDTH % (ROWS * WARPS) == 0,
+              "a warp owns rows that lie together, pairs of gate and up");
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     experts_up(const __half *__restrict__ normed, const int *__restrict__ experts, __half *__restrict__ act,
                const long long *__restrict__ table) {
     DYNAMIC_SHARED(dynamic);
-    uint4 *staged = (uint4 *)dynamic + threadIdx.x;
-    const int lane = lane_index(), pair = blockIdx.y, first = (blockIdx.x * WARPS + warp_index()) * ROWS;
+    const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, pair = blockIdx.y;
+    const unsigned first = (blockIdx.x * WARPS + warp) * ROWS;
+    uint4 *staged = (uint4 *)dynamic + warp * UNITS, *target = staged + staged_unit(lane);
     grid_dependency_wait();
-    const long long *entry = table + (long long)experts[pair] * ADDRESSES;
-    const uint4 *codes = (const uint4 *)entry[0];
-    const __half *scales = (const __half *)entry[1];
+    const long long *entry = table + experts[pair] * ADDRESSES;
+    const uint4 *codes = (const uint4 *)entry[0] + first * CHUNKS + lane;
+    const __half *scales = (const __half *)entry[1] + first * BLOCKS;
 #pragma unroll
-    for (int row = 0; row < ROWS; ++row) {
-#pragma unroll
-        for (int i = 0; i < LANE_CHUNKS; ++i) {
-            const int chunk = i * WARP + lane;
-            const bool present = CHUNKS % WARP == 0 || chunk < CHUNKS;
-            copy_async(staged + (row * LANE_CHUNKS + i) * THREADS, codes + chunk_place(first + row, present ? chunk : 0), present);
-        }
-        copies_commit();
+    for (int i = 0; i < COPIES; ++i) {
+        if (UNITS % WARP == 0 || i * WARP + lane < UNITS) copy_async(target + i * WARP, codes + i * WARP);
+        if ((i + 1) % (COPIES / GROUPS) == 0) copies_commit();
     }
     float factors[ROWS][LANE_CHUNKS];
 #pragma unroll
     for (int row = 0; row < ROWS; ++row)
 #pragma unroll
         for (int i = 0; i < LANE_CHUNKS; ++i) {
-            const int chunk = i * WARP + lane;
+            const unsigned chunk = i * WARP + lane;
             const bool present = CHUNKS % WARP == 0 || chunk < CHUNKS;
-            factors[row][i] = present ? __half2float(__ldg(scales + scale_place(first + row, chunk))) : 0.0f;
+            factors[row][i] = present ? __half2float(__ldg(scales + scale_place(row, chunk))) : 0.0f;
         }
     __half2 x[LANE_CHUNKS][CHUNK<BITS> / 2];
 #pragma unroll
     for (int i = 0; i < LANE_CHUNKS; ++i) {
-        const int chunk = i * WARP + lane;
+        const unsigned chunk = i * WARP + lane;
         const bool present = CHUNKS % WARP == 0 || chunk < CHUNKS;
-        const uint4 *pieces = (const uint4 *)(normed + (long long)(pair / USED) * COLUMNS) + (present ? chunk : 0) * (CHUNK<BITS> / 8);
+        const uint4 *pieces = (const uint4 *)(normed + pair / USED * COLUMNS) + (present ? chunk : 0) * (CHUNK<BITS> / 8);
 #pragma unroll
         for (int piece = 0; piece < CHUNK<BITS> / 8; ++piece) unpack_activations(x[i] + 4 * piece, pieces[piece]);
     }
     float sums[ROWS] = {};
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) {
-        copies_wait(ROWS - 1 - row);
+        if (row % (ROWS / GROUPS) == 0) {
+            copies_wait(GROUPS - 1 - row / (ROWS / GROUPS));
+            __syncwarp();
+        }
 #pragma unroll
         for (int i = 0; i < LANE_CHUNKS; ++i) {
-            const int chunk = i * WARP + lane;
+            const unsigned chunk = i * WARP + lane;
             const bool present = CHUNKS % WARP == 0 || chunk < CHUNKS;
+            const uint4 loaded = staged[staged_chunk(0, row, present ? chunk : 0)];
             const Zero<BITS> zero = zero_of((const unsigned char *)(ZERO ? entry[4] : 0), first + row, present ? chunk : 0);
-            sums[row] += factors[row][i] * dot_chunk<BITS>(staged[(row * LANE_CHUNKS + i) * THREADS], x[i], zero);
+            sums[row] += factors[row][i] * dot_chunk<BITS>(loaded, x[i], zero);
         }
     }
     scatter_sums<ROWS>(sums);
     const float other = __shfl_xor_sync(FULL_WARP, sums[0], WARP / ROWS);
     if (lane % (2 * WARP / ROWS) == 0)
-        act[(long long)pair * WIDTH + (first + lane / (WARP / ROWS)) / 2] =
+        act[pair * WIDTH + (first + lane / (WARP / ROWS)) / 2] =
             __float2half(silu(sums[0] * CODE_UNIT<BITS>) * (other * CODE_UNIT<BITS>));
 }

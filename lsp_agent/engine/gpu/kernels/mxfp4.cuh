@@ -21,16 +21,17 @@ template <int PAIR> __device__ __forceinline__ __half2 e2m1_eighths(unsigned wor
 // rows, to `staged`, each `stride` after the one before, in a group for each RUN of columns.
 constexpr int RUN = 4;
 template <int ROWS_OF>
-__device__ __forceinline__ void load_columns(uint4 *staged, int stride, const uint4 *codes, int row, int column, bool present) {
+__device__ __forceinline__ void load_columns(uint4 *staged, int stride, const uint4 *codes, unsigned row, unsigned column, bool present) {
+    codes += column * (ROWS_OF / GROUP) + row / GROUP;
 #pragma unroll
     for (int i = 0; i < STEP; ++i) {
-        copy_async(staged + i * stride, codes + (column + i) * (ROWS_OF / GROUP) + row / GROUP, present);
+        copy_async(staged + i * stride, codes + i * (ROWS_OF / GROUP), present);
         if (i % RUN == RUN - 1) copies_commit();
     }
 }
 
 template <int ROWS_OF, int COLUMNS_OF>
-__device__ __forceinline__ void load_scales(unsigned (&scales)[GROUP / 4], const unsigned char *all, int row, int column) {
+__device__ __forceinline__ void load_scales(unsigned (&scales)[GROUP / 4], const unsigned char *all, unsigned row, unsigned column) {
 #if SCALES_BY_BLOCK
     const uint4 *words = (const uint4 *)(all + column / 32 * ROWS_OF + row);
 #pragma unroll
@@ -42,7 +43,7 @@ __device__ __forceinline__ void load_scales(unsigned (&scales)[GROUP / 4], const
         scales[4 * i + 3] = four.w;
     }
 #else
-    const unsigned char *bytes = all + (long long)row * (COLUMNS_OF / 32) + column / 32;
+    const unsigned char *bytes = all + row * (COLUMNS_OF / 32) + column / 32;
 #pragma unroll
     for (int i = 0; i < GROUP / 4; ++i) {
         scales[i] = 0;

@@ -35,14 +35,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __shared__ bool is_last;
     DYNAMIC_SHARED(dynamic);
     uint4 *staged = (uint4 *)dynamic + threadIdx.x;
-    const int thread = threadIdx.x, lane = thread % WARP, token = blockIdx.z, part = blockIdx.y;
-    const int first = blockIdx.x * BLOCK_ROWS;
-    float *sums_of_part = scratch + ((long long)token * PARTS + part) * HIDDEN + first;
+    const unsigned thread = threadIdx.x, lane = thread % WARP, token = blockIdx.z, part = blockIdx.y;
+    const unsigned first = blockIdx.x * BLOCK_ROWS;
+    float *sums_of_part = scratch + (token * PARTS + part) * HIDDEN + first;
 #if SHARED_WIDTH
     // A warp takes SHARED_ROWS rows at a time, as many as there is shared memory for. The first of these codes need not
     // wait for what was routed.
     __shared__ __align__(16) __half activations[SHARED_WIDTH];
-    const int first_of_warp = thread / WARP * SHARED_ROWS;
+    const unsigned first_of_warp = thread / WARP * SHARED_ROWS;
     if (part == 0) load_shared<SHARED_ROWS>(staged, THREADS, first + first_of_warp, shared_codes);
 #endif
     grid_dependency_wait();
@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const float gate = sigmoid(r[token * R_STRIDE + GATE_OFFSET]);
         __syncthreads();
 #pragma unroll 1
-        for (int row = first_of_warp; row < BLOCK_ROWS; row += WARPS * SHARED_ROWS) {
+        for (unsigned row = first_of_warp; row < BLOCK_ROWS; row += WARPS * SHARED_ROWS) {
             if (row != first_of_warp) load_shared<SHARED_ROWS>(staged, THREADS, first + row, shared_codes);
             copies_commit();
             copies_wait(0);
@@ -65,15 +65,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     } else
 #endif
     {
-        const int pair = token * USED + part - (PARTS - USED);
-        const int group = thread % GROUPS, step = thread / GROUPS;
+        const unsigned pair = token * USED + part - (PARTS - USED);
+        const unsigned group = thread % GROUPS, step = thread / GROUPS;
         const bool present = THREADS == GROUPS * STEPS || step < STEPS;
-        const int row = first + group * GROUP, column = present ? step * STEP : 0;
-        const long long *entry = table + (long long)experts[pair] * ADDRESSES;
+        const unsigned row = first + group * GROUP, column = present ? step * STEP : 0;
+        const long long *entry = table + experts[pair] * ADDRESSES;
         load_columns<HIDDEN>(staged, THREADS, (const uint4 *)entry[2], row, column, present);
         unsigned scales[GROUP / 4];
         load_scales<HIDDEN, WIDTH>(scales, (const unsigned char *)entry[3], row, column);
-        const uint4 *activations = (const uint4 *)(act + (long long)pair * WIDTH + column);
+        const uint4 *activations = (const uint4 *)(act + pair * WIDTH + column);
         const uint4 x[2] = {activations[0], activations[1]};
         const float weight = weights[pair];
         float values[GROUP];
@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int i = 0; i < GROUPS; ++i) partial[thread / WARP][group * GROUP + lane / GROUPS * GROUPS + i] = values[i];
         __syncthreads();
-        for (int i = thread; i < BLOCK_ROWS; i += THREADS) {
+        for (unsigned i = thread; i < BLOCK_ROWS; i += THREADS) {
             float sum = 0.0f;
 #pragma unroll
             for (int warp = 0; warp < WARPS; ++warp) sum += partial[warp][i];
@@ -96,12 +96,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __syncthreads();
     if (is_last) {
         __threadfence();
-        const volatile float *parts = scratch + (long long)token * PARTS * HIDDEN + first;
-        for (int i = thread; i < BLOCK_ROWS; i += THREADS) {
+        const volatile float *parts = scratch + token * PARTS * HIDDEN + first;
+        for (unsigned i = thread; i < BLOCK_ROWS; i += THREADS) {
             float sum = 0.0f;
 #pragma unroll
             for (int j = 0; j < PARTS; ++j) sum += parts[j * HIDDEN + i];
-            out[(long long)token * HIDDEN + first + i] = __float2half(sum);
+            out[token * HIDDEN + first + i] = __float2half(sum);
         }
         if (thread == 0) *counter = 0;
     }

@@ -21,29 +21,29 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __shared__ float partial[WARPS][BLOCK_ROWS];
     DYNAMIC_SHARED(dynamic);
     uint4 *staged = (uint4 *)dynamic + threadIdx.x;
-    const int thread = threadIdx.x, pair = blockIdx.y;
-    const int group = thread % GROUPS, part = thread / GROUPS;
+    const unsigned thread = threadIdx.x, pair = blockIdx.y;
+    const unsigned group = thread % GROUPS, part = thread / GROUPS;
     const bool present = THREADS == GROUPS * PARTS || part < PARTS;
-    const int row = blockIdx.x * BLOCK_ROWS + group * GROUP, column = present ? part * STEP : 0;
+    const unsigned row = blockIdx.x * BLOCK_ROWS + group * GROUP, column = present ? part * STEP : 0;
     grid_dependency_wait();
-    const long long *entry = table + (long long)experts[pair] * ADDRESSES;
+    const long long *entry = table + experts[pair] * ADDRESSES;
     load_columns<2 * WIDTH>(staged, THREADS, (const uint4 *)entry[0], row, column, present);
     unsigned scales[GROUP / 4];
     load_scales<2 * WIDTH, HIDDEN>(scales, (const unsigned char *)entry[1], row, column);
-    const uint4 *activations = (const uint4 *)(normed + (long long)(pair / USED) * HIDDEN + column);
+    const uint4 *activations = (const uint4 *)(normed + pair / USED * HIDDEN + column);
     const uint4 x[2] = {activations[0], activations[1]};
     float values[GROUP];
     multiply_columns(values, staged, THREADS, x, scales);
     scatter_sums<GROUP, WARP / 2, GROUPS>(values);
     constexpr int KEPT = GROUPS; // of the 32 sums of a group, which WARP / GROUPS lanes have shared out
-    const int lane = thread % WARP;
+    const unsigned lane = thread % WARP;
 #pragma unroll
     for (int i = 0; i < KEPT; ++i) partial[thread / WARP][group * GROUP + lane / GROUPS * KEPT + i] = values[i];
     __syncthreads();
-    for (int i = thread; i < BLOCK_ROWS / 2; i += THREADS) {
+    for (unsigned i = thread; i < BLOCK_ROWS / 2; i += THREADS) {
         float gate = 0.0f, up = 0.0f;
 #pragma unroll
         for (int warp = 0; warp < WARPS; ++warp) gate += partial[warp][2 * i], up += partial[warp][2 * i + 1];
-        act[(long long)pair * WIDTH + blockIdx.x * (BLOCK_ROWS / 2) + i] = __float2half(silu(gate) * up);
+        act[pair * WIDTH + blockIdx.x * (BLOCK_ROWS / 2) + i] = __float2half(silu(gate) * up);
     }
 }

@@ -13,20 +13,20 @@ static_assert(SHARED_BITS == 16 || (SHARED_WIDTH % SHARED_BLOCK == 0 && SHARED_B
 
 // Stage the activations of a token, `r` [R_STRIDE], into `staged` [SHARED_WIDTH].
 __device__ __forceinline__ void stage_shared(const float *r, __half *staged) {
-    for (int column = thread_rank(); column < SHARED_WIDTH; column += block_threads()) {
+    for (unsigned column = threadIdx.x; column < SHARED_WIDTH; column += blockDim.x) {
         const float gate = r[SHARED_OFFSET + column], up = r[SHARED_OFFSET + SHARED_WIDTH + column];
-        const int place = activation_place<SHARED_BITS>(column);
+        const unsigned place = activation_place<SHARED_BITS>(column);
         staged[SHARED_BITS == 16 ? place : swizzled<SHARED_BITS>(place / 8) * 8 + place % 8] = __float2half(silu(gate) * up);
     }
 }
 
 // Begin to copy a lane's share of the codes of COUNT rows from `first` on to `staged`, each STRIDE after the one before.
 template <int COUNT>
-__device__ __forceinline__ void load_shared(uint4 *staged, int stride, int first, const uint4 *codes) {
+__device__ __forceinline__ void load_shared(uint4 *staged, int stride, unsigned first, const uint4 *codes) {
 #if SHARED_BITS != 16
 #pragma unroll
     for (int i = 0; i < SHARED_ITEMS; ++i) {
-        const int chunk = i * WARP + lane_index();
+        const unsigned chunk = i * WARP + threadIdx.x % WARP;
         const bool present = SHARED_CHUNKS % WARP == 0 || chunk < SHARED_CHUNKS;
 #pragma unroll
         for (int row = 0; row < COUNT; ++row)
@@ -37,29 +37,29 @@ __device__ __forceinline__ void load_shared(uint4 *staged, int stride, int first
 
 // Add `factor` times a lane's share of the products of these rows, once their codes are there.
 template <int COUNT>
-__device__ __forceinline__ void add_shared(float (&sums)[COUNT], const uint4 *staged, int stride, int first, float factor,
+__device__ __forceinline__ void add_shared(float (&sums)[COUNT], const uint4 *staged, int stride, unsigned first, float factor,
                                            const __half *activations, const uint4 *codes, const void *scales,
                                            const unsigned char *zero_points) {
-    const int lane = lane_index();
+    const unsigned lane = threadIdx.x % WARP;
 #if SHARED_BITS == 16
 #pragma unroll 4
-    for (int column = lane; column < SHARED_WIDTH; column += WARP) {
+    for (unsigned column = lane; column < SHARED_WIDTH; column += WARP) {
         const float x = factor * __half2float(activations[column]);
 #pragma unroll
         for (int row = 0; row < COUNT; ++row)
-            sums[row] += x * __half2float(((const __half *)codes)[(long long)column * HIDDEN + first + row]);
+            sums[row] += x * __half2float(((const __half *)codes)[column * HIDDEN + first + row]);
     }
 #else
 #pragma unroll
     for (int i = 0; i < SHARED_ITEMS; ++i) {
-        const int chunk = i * WARP + lane;
+        const unsigned chunk = i * WARP + lane;
         const bool present = SHARED_CHUNKS % WARP == 0 || chunk < SHARED_CHUNKS;
-        const int block = present ? chunk * CHUNK<SHARED_BITS> / SHARED_BLOCK : 0;
+        const unsigned block = present ? chunk * CHUNK<SHARED_BITS> / SHARED_BLOCK : 0;
         __half2 x[CHUNK<SHARED_BITS> / 2];
         read_activations<SHARED_BITS>(x, (const uint4 *)activations, present ? chunk : 0);
 #pragma unroll
         for (int row = 0; row < COUNT; ++row) {
-            const int place = (first + row) * SHARED_BLOCKS + block;
+            const unsigned place = (first + row) * SHARED_BLOCKS + block;
             const float scale = SHARED_SCALE_HALF ? __half2float(((const __half *)scales)[place]) : ((const float *)scales)[place];
             const unsigned point = SHARED_ZERO ? zero_point<SHARED_BITS>(zero_points, first + row, SHARED_BLOCKS, block)
                                                : (SHARED_BITS == 4 ? 8u : 128u);

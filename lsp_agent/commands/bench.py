@@ -189,7 +189,7 @@ def _measure(wanted: _Request, package: Package, device: Device, progress: Conso
         scheme=str(package.header.get("scheme", "")),
         layers=package.config.layers,
         weights="random" if random else "the model's",
-        routing="a synthetic trace" if wanted.trace else "random" if random else "the model's, of random tokens",
+        routing=_routing(package.config, wanted.trace, random),
         placement=choice.kind,
         device=device.name,
         load_s=seconds,
@@ -201,6 +201,14 @@ def _measure(wanted: _Request, package: Package, device: Device, progress: Conso
         decode=steps,
         a_token=[estimate(choice, sizes, found, length) for length in wanted.contexts],
     )
+
+
+def _routing(config: ModelConfig, trace: bool, random: bool) -> str:
+    if config.experts is None:
+        return "none"
+    if trace:
+        return "a synthetic trace"
+    return "random" if random else "the model's, of random tokens"
 
 
 def _follow(decoder: Decoder, config: ModelConfig) -> None:
@@ -233,21 +241,22 @@ def _cupy() -> Any:
 
 def _print(result: _Result) -> None:
     console, found = Console(), result.machine
-    what = f"{result.model}, {result.scheme}, {result.layers} layers, {result.placement} on {found.name}"
+    scheme = f"{result.scheme}, " if result.scheme else ""
+    what = f"{result.model}, {scheme}{result.layers} layers, {result.placement} on {found.name}"
     click.echo(f"{what}; weights: {result.weights}; routing: {result.routing}.")
     memory = f"{found.host / 1e9:.0f} GB/s main memory"
     if result.device == "cuda":
         memory = f"{found.gpu / 1e9:.0f} GB/s GPU memory, {found.bus / 1e9:.0f} GB/s bus, {memory}"
     click.echo(f"Loaded in {result.load_s:.1f} s, {gigabytes(result.memory_bytes)} of memory. Copies: {memory}.\n")
     table = Table(box=None, pad_edge=False)
-    for heading in ("run", "ms", "best", "tokens/s", "bytes a token", "of bandwidth"):
-        table.add_column(heading, justify="left" if heading == "run" else "right")
+    for heading in ("run", "ms", "best", "tokens/s", "bytes a token", "bandwidth"):
+        table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
     for read in result.prefill:
         table.add_row(f"prompt of {read.tokens}", f"{read.ms:.1f}", f"{read.best_ms:.1f}", f"{read.tokens_s:,.0f}")
     singles = [step.context for step in result.decode if step.batch == 1]
     expected = dict(zip(singles, result.a_token, strict=False))
     for step in result.decode:
-        row = [f"decode after {step.context}, {step.batch} at once", f"{step.ms:.2f}", f"{step.best_ms:.2f}"]
+        row = [f"decode at {step.context}, batch {step.batch}", f"{step.ms:.2f}", f"{step.best_ms:.2f}"]
         row.append(f"{step.tokens_s:,.1f}")
         speed = expected.get(step.context) if step.batch == 1 else None
         if speed is not None:

@@ -155,8 +155,8 @@ def _print(name: str, choice: Choice, room: Room, found: Machine, speed: Speed) 
     if plan is not None:
         bandwidths = f"{found.name}, {found.gpu / 1e9:.0f} GB/s of its memory and {found.bus / 1e9:.0f} of the bus"
     click.echo(
-        f"Speed (an estimate): decoding {speed.decode:.0f} tokens/s after {SPEED_AT} tokens, reading a prompt of "
-        f"{PREFILL_LENGTH} {speed.prefill:.0f} tokens/s; a token reads {speed.gpu_bytes / 1e9:.2f} GB of GPU memory "
+        f"Speed (an estimate): decoding at {speed.decode:.0f} tokens/s after {SPEED_AT} tokens, reading a prompt of "
+        f"{PREFILL_LENGTH} at {speed.prefill:.0f} tokens/s; a token reads {speed.gpu_bytes / 1e9:.2f} GB of GPU memory "
         f"and {speed.host_bytes / 1e9:.2f} GB of main memory ({bandwidths}, "
         f"{'measured here' if found.measured else 'assumed'})."
     )

@@ -48,7 +48,7 @@ def test_random_weights_are_timed_and_thrown_away(tmp_path, monkeypatch):
 def test_the_table_names_each_run(monkeypatch):
     output, error = run("--synthetic", "tiny", "--layers", "2", "--placement", "cpu", *SMALL, monkeypatch=monkeypatch)
     assert error is None and "tiny, int4, 2 layers, cpu on CPU; weights: random; routing: random." in output
-    for row in ("prompt of 16", "prompt of 33", "decode after 40, 1 at once", "decode after 40, 3 at once"):
+    for row in ("prompt of 16", "prompt of 33", "decode at 40, batch 1", "decode at 40, batch 3"):
         assert row in output
 
 

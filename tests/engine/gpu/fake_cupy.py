@@ -6,11 +6,10 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lsp_agent.engine import device
-
-NAMES = {2: "cudaErrorMemoryAllocation: out of memory", 100: "cudaErrorNoDevice: no CUDA-capable device is detected"}
 
 
 class CUDARuntimeError(RuntimeError):
@@ -54,7 +53,23 @@ def fake_cupy(
         getDeviceProperties=call("getDeviceProperties", {"name": b"NVIDIA H100 80GB HBM3"}),
         memGetInfo=call("memGetInfo", (free, 80 * 10**9)),
     )
-    return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, Stream=call("Stream", _Stream)))
+    cuda = SimpleNamespace(
+        runtime=runtime,
+        Stream=call("Stream", _Stream),
+        get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None),
+        alloc_pinned_memory=bytearray,
+    )
+    return SimpleNamespace(cuda=cuda, zeros=_zeros, copyto=np.copyto)
+
+
+class _Array(np.ndarray):
+    def set(self, values: np.ndarray) -> None:
+        """As CuPy's: a copy from main memory."""
+        self[...] = values
+
+
+def _zeros(count: int, dtype: str) -> np.ndarray:
+    return np.zeros(count, dtype).view(_Array)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:

@@ -206,8 +206,8 @@ def _unsupported(prologue: Prologue, segments: Sequence[Segment], columns: int, 
 
 
 def _rows_at_once(segment: Segment, columns: int, batch: int, buffer: int) -> int:
-    """Rows of a warp: a power of two, such that their pieces fill the buffer; with many tokens fewer, for registers."""
-    most = 8 if batch == 1 else 4 if batch <= 4 else 2
+    """Rows of a warp: a power of two, such that their pieces fill the buffer; at most 32 sums."""
+    most = 8 if batch <= 4 else 4
     if segment.bits == 16 and segment.rows > 1:
         return min(most, 4)
     each = -(-columns * segment.bits // 128 // WARP)

@@ -24,6 +24,9 @@ struct Weights {
     const unsigned char *zero_points;
 };
 
+__host__ __device__ constexpr int largest(int a, int b) { return a > b ? a : b; }
+__host__ __device__ constexpr int smallest(int a, int b) { return a < b ? a : b; }
+
 template <int ROWS, int BITS, int BLOCK, int SCALE_HALF, int ZERO, int AT_ONCE, int FIRST_ROW, int FIRST_ITEM>
 struct Segment {
     static constexpr int rows = ROWS, bits = BITS, block = BLOCK, at_once = AT_ONCE, first_row = FIRST_ROW;
@@ -36,6 +39,8 @@ struct Segment {
     static constexpr bool exact = tiles * held * WARP == chunks; // no lane ever lies beyond the row
     static constexpr int blocks = BITS == 16 ? 1 : COLUMNS / BLOCK;
     static constexpr int scales = BITS == 16 ? 0 : values > BLOCK ? values / BLOCK : 1; // of a chunk
+    static constexpr int piece = smallest(TERMS / 4, smallest(values, BITS == 16 ? values : BLOCK) / GROUP); // groups
+    static __device__ __forceinline__ constexpr int scale_of(int p) { return scales > 1 ? p * piece * GROUP / BLOCK : 0; }
     static constexpr float unit = BITS == 4 ? 8.0f : BITS == 8 ? 128.0f : 1.0f;
     static constexpr int first_item = FIRST_ITEM, last_item = FIRST_ITEM + (ROWS + AT_ONCE - 1) / AT_ONCE;
     static_assert(BITS == 16 || COLUMNS % BLOCK == 0, "rows are whole blocks");
@@ -85,7 +90,6 @@ constexpr int WARPS = THREADS / WARP, STRIDE = WARPS * BLOCKS;
     else call(Segment3, 3)
 #endif
 
-__host__ __device__ constexpr int largest(int a, int b) { return a > b ? a : b; }
 #if SEGMENTS == 1
 #define MOST(field) Segment0::field
 #elif SEGMENTS == 2
@@ -145,9 +149,10 @@ template <class S> __device__ __forceinline__ void load(Buffer &buffer, const We
     }
 }
 
-// The codes of a chunk less their zero points, as fractions of 1, paired as the activations are. All steps are exact.
+// The codes of a piece of a chunk less their zero points, as fractions of 1, paired as the activations are. All steps are
+// exact.
 template <class S>
-__device__ __forceinline__ void decode(const Buffer &buffer, int slot, int chunk, __half2 (&w)[S::values / 2]) {
+__device__ __forceinline__ void decode(const Buffer &buffer, int slot, int chunk, int piece, __half2 (&w)[4 * S::piece]) {
     const uint4 &codes = buffer.codes[slot];
     const unsigned words[4] = {codes.x, codes.y, codes.z, codes.w};
     if constexpr (S::bits == 16) {
@@ -156,72 +161,58 @@ __device__ __forceinline__ void decode(const Buffer &buffer, int slot, int chunk
         w[1] = as_half2(__byte_perm(words[0], words[2], 0x7632));
         w[2] = as_half2(__byte_perm(words[1], words[3], 0x5410));
         w[3] = as_half2(__byte_perm(words[1], words[3], 0x7632));
-        return;
     } else {
         // A code in the low bits of 0x6400 (1024) is 1024 + code, four bits higher 1024 + 16 * code.
-        constexpr int COUNT = S::bits == 4 ? 8 : 4; // codes of a word
         __half2 low = as_half2(S::bits == 4 ? 0xd808d808u : 0xc880c880u); // -(1024 + 8) / 8, -(1024 + 128) / 128
         __half2 high = as_half2(0xc880c880u);                             // -(1024 + 16 * 8) / 128
         const __half2 eighth = as_half2(0x30003000u), fraction = as_half2(0x20002000u); // 1 / 8, 1 / 128
+        if (S::zero) {
+            const int s = S::scale_of(piece);
+            unsigned zero = buffer.zero_points[slot][s];
+            if (S::bits == 4) zero = zero >> ((chunk * S::values / S::block + s) % 2 * 4) & 15;
+            const __half2 least = as_half2(zero * 0x00010001u | 0x64006400u);
+            low = __hmul2(least, as_half2(S::bits == 4 ? 0xb000b000u : 0xa000a000u)); // -1 / 8, -1 / 128
+            if (S::bits == 4) high = __hmul2(as_half2(zero * 0x00100010u | 0x64006400u), as_half2(0xa000a000u));
+        }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (S::zero && (i * COUNT) % S::block == 0) {
-                const int s = (i * COUNT) / S::block;
-                unsigned zero = buffer.zero_points[slot][s];
-                if (S::bits == 4) zero = zero >> ((chunk * S::values / S::block + s) % 2 * 4) & 15;
-                const __half2 least = as_half2(zero * 0x00010001u | 0x64006400u);
-                low = __hmul2(least, as_half2(S::bits == 4 ? 0xb000b000u : 0xa000a000u)); // -1 / 8, -1 / 128
-                if (S::bits == 4) high = __hmul2(as_half2(zero * 0x00100010u | 0x64006400u), as_half2(0xa000a000u));
-            }
+        for (int g = 0; g < S::piece; ++g) {
             if constexpr (S::bits == 4) {
-                const unsigned word = words[i], later = word >> 8;
-                w[4 * i] = __hfma2(as_half2(masked_or<0x000f000fu, 0x64006400u>(word)), eighth, low);
-                w[4 * i + 1] = __hfma2(as_half2(masked_or<0x00f000f0u, 0x64006400u>(word)), fraction, high);
-                w[4 * i + 2] = __hfma2(as_half2(masked_or<0x000f000fu, 0x64006400u>(later)), eighth, low);
-                w[4 * i + 3] = __hfma2(as_half2(masked_or<0x00f000f0u, 0x64006400u>(later)), fraction, high);
-            } else if (i % 2 == 0) {
+                const unsigned word = words[piece * S::piece + g], later = word >> 8;
+                w[4 * g] = __hfma2(as_half2(masked_or<0x000f000fu, 0x64006400u>(word)), eighth, low);
+                w[4 * g + 1] = __hfma2(as_half2(masked_or<0x00f000f0u, 0x64006400u>(word)), fraction, high);
+                w[4 * g + 2] = __hfma2(as_half2(masked_or<0x000f000fu, 0x64006400u>(later)), eighth, low);
+                w[4 * g + 3] = __hfma2(as_half2(masked_or<0x00f000f0u, 0x64006400u>(later)), fraction, high);
+            } else {
+                const int i = 2 * (piece * S::piece + g);
                 const unsigned first = __byte_perm(words[i], words[i + 1], 0x5140); // bytes 0, 4, 1, 5
                 const unsigned second = __byte_perm(words[i], words[i + 1], 0x7362);
-                w[2 * i] = __hfma2(as_half2(__byte_perm(first, 0x64646464u, 0x4140)), fraction, low);
-                w[2 * i + 1] = __hfma2(as_half2(__byte_perm(first, 0x64646464u, 0x4342)), fraction, low);
-                w[2 * i + 2] = __hfma2(as_half2(__byte_perm(second, 0x64646464u, 0x4140)), fraction, low);
-                w[2 * i + 3] = __hfma2(as_half2(__byte_perm(second, 0x64646464u, 0x4342)), fraction, low);
+                w[4 * g] = __hfma2(as_half2(__byte_perm(first, 0x64646464u, 0x4140)), fraction, low);
+                w[4 * g + 1] = __hfma2(as_half2(__byte_perm(first, 0x64646464u, 0x4342)), fraction, low);
+                w[4 * g + 2] = __hfma2(as_half2(__byte_perm(second, 0x64646464u, 0x4140)), fraction, low);
+                w[4 * g + 3] = __hfma2(as_half2(__byte_perm(second, 0x64646464u, 0x4342)), fraction, low);
             }
         }
     }
 }
 
-template <class S> __device__ __forceinline__ float scale_of(const Buffer &buffer, int slot, int s) {
+template <class S> __device__ __forceinline__ float scale_of(const Buffer &buffer, int slot, int piece) {
     if (S::bits == 16) return 1.0f;
-    const unsigned bits = buffer.scales[slot][s];
+    const unsigned bits = buffer.scales[slot][S::scale_of(piece)];
     return S::scale_half ? __half2float(__ushort_as_half((unsigned short)bits)) : __uint_as_float(bits);
 }
 
-// A chunk's products with a token's groups, TERMS of them in fp16 in each half.
-template <class S>
-__device__ __forceinline__ float dot(const Buffer &buffer, int slot, const __half2 (&w)[S::values / 2],
-                                     const uint4 (&x)[S::values / GROUP]) {
-    constexpr int CHUNK_GROUPS = S::values / GROUP, SCALED = CHUNK_GROUPS / largest(S::scales, 1);
-    float result = 0.0f;
+// A piece's products with a token's groups, added up in fp16, and the two halves in fp32.
+template <int PIECE> __device__ __forceinline__ float dot(const __half2 (&w)[4 * PIECE], const uint4 (&x)[PIECE]) {
+    __half2 sum = __hmul2(w[0], as_half2(x[0].x));
 #pragma unroll
-    for (int s = 0; s < largest(S::scales, 1); ++s) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int g = s * SCALED; g < (s + 1) * SCALED; g += TERMS / 4) {
-            __half2 partial = __hmul2(w[4 * g], as_half2(x[g].x));
-#pragma unroll
-            for (int k = g; k < g + TERMS / 4 && k < (s + 1) * SCALED; ++k) {
-                if (k > g) partial = __hfma2(w[4 * k], as_half2(x[k].x), partial);
-                partial = __hfma2(w[4 * k + 1], as_half2(x[k].y), partial);
-                partial = __hfma2(w[4 * k + 2], as_half2(x[k].z), partial);
-                partial = __hfma2(w[4 * k + 3], as_half2(x[k].w), partial);
-            }
-            const float2 both = __half22float2(partial);
-            sum += both.x + both.y;
-        }
-        result += scale_of<S>(buffer, slot, s) * sum;
+    for (int g = 0; g < PIECE; ++g) {
+        if (g > 0) sum = __hfma2(w[4 * g], as_half2(x[g].x), sum);
+        sum = __hfma2(w[4 * g + 1], as_half2(x[g].y), sum);
+        sum = __hfma2(w[4 * g + 2], as_half2(x[g].z), sum);
+        sum = __hfma2(w[4 * g + 3], as_half2(x[g].w), sum);
     }
-    return result;
+    const float2 both = __half22float2(sum);
+    return both.x + both.y;
 }
 
 // Floats by columns: a lane takes every 32nd column of AT_ONCE neighbouring rows.
@@ -251,7 +242,7 @@ __device__ __forceinline__ void compute(const Buffer &buffer, const Weights &wei
         compute_by_columns<S>(weights, x, item, sums);
         return;
     } else {
-        constexpr int CHUNK_GROUPS = S::values / GROUP;
+        constexpr int CHUNK_GROUPS = S::values / GROUP, PIECE = S::piece;
 #pragma unroll
         for (int i = 0; i < S::held; ++i) {
             const int wanted = chunk_of<S>(tile, i);
@@ -260,63 +251,54 @@ __device__ __forceinline__ void compute(const Buffer &buffer, const Weights &wei
             // Groups 32 * n + m lie at 32 * n + place_of(m): `start` is known to the compiler, `within` is the lane's.
             const int start = S::exact ? (tile * S::held + i) * WARP * CHUNK_GROUPS : 0;
             const int within = place_of(chunk * CHUNK_GROUPS - start);
-            if constexpr (BATCH <= S::at_once) { // the tokens' activations in registers, the rows one by one
-                uint4 groups[BATCH][CHUNK_GROUPS];
 #pragma unroll
-                for (int b = 0; b < BATCH; ++b)
-#pragma unroll
-                    for (int g = 0; g < CHUNK_GROUPS; ++g)
-                        groups[b][g] = x[b * PLACES + start + (within ^ g)];
+            for (int piece = 0; piece < CHUNK_GROUPS / PIECE; ++piece) {
+                __half2 w[S::at_once][4 * PIECE];
+                float scales[S::at_once];
 #pragma unroll
                 for (int r = 0; r < S::at_once; ++r) {
-                    __half2 w[S::values / 2];
-                    decode<S>(buffer, r * S::held + i, chunk, w);
-#pragma unroll
-                    for (int b = 0; b < BATCH; ++b) {
-                        const float product = dot<S>(buffer, r * S::held + i, w, groups[b]);
-                        sums[r * BATCH + b] += inside ? product : 0.0f;
-                    }
+                    decode<S>(buffer, r * S::held + i, chunk, piece, w[r]);
+                    scales[r] = inside ? scale_of<S>(buffer, r * S::held + i, piece) : 0.0f;
                 }
-            } else { // the other way round
-                __half2 w[S::at_once][S::values / 2];
-#pragma unroll
-                for (int r = 0; r < S::at_once; ++r) decode<S>(buffer, r * S::held + i, chunk, w[r]);
 #pragma unroll
                 for (int b = 0; b < BATCH; ++b) {
-                    uint4 groups[CHUNK_GROUPS];
+                    uint4 groups[PIECE];
 #pragma unroll
-                    for (int g = 0; g < CHUNK_GROUPS; ++g)
-                        groups[g] = x[b * PLACES + start + (within ^ g)];
+                    for (int g = 0; g < PIECE; ++g)
+                        groups[g] = x[b * PLACES + start + (within ^ (piece * PIECE + g))];
 #pragma unroll
-                    for (int r = 0; r < S::at_once; ++r) {
-                        const float product = dot<S>(buffer, r * S::held + i, w[r], groups);
-                        sums[r * BATCH + b] += inside ? product : 0.0f;
-                    }
+                    for (int r = 0; r < S::at_once; ++r)
+                        sums[r * BATCH + b] += scales[r] * dot<PIECE>(w[r], groups);
                 }
             }
         }
     }
 }
 
+// Add up the lanes' COUNT values, a power of two: lane l gets the sum of value l / (32 / COUNT), as v[0].
+template <int COUNT, int OFFSET, int ALL> __device__ __forceinline__ void gather(float (&v)[ALL], int lane) {
+    if constexpr (COUNT > 1) {
+        const bool upper = lane & OFFSET;
+#pragma unroll
+        for (int i = 0; i < COUNT / 2; ++i) {
+            const float kept = upper ? v[i + COUNT / 2] : v[i], given = upper ? v[i] : v[i + COUNT / 2];
+            v[i] = kept + __shfl_xor_sync(FULL_WARP, given, OFFSET);
+        }
+        gather<COUNT / 2, OFFSET / 2>(v, lane);
+    } else if constexpr (OFFSET > 0) {
+        v[0] += __shfl_xor_sync(FULL_WARP, v[0], OFFSET);
+        gather<1, OFFSET / 2>(v, lane);
+    }
+}
+
 // Add up the lanes' sums, each of which ends in lanes of its own, and write them.
-template <class S> __device__ __forceinline__ void finish(Out *y, const float *bias, int item, const float *sums) {
+template <class S> __device__ __forceinline__ void finish(Out *y, const float *bias, int item, const float (&sums)[MOST_ROWS * BATCH]) {
     constexpr int COUNT = S::at_once * BATCH, PADDED = power_of_two(COUNT);
     const int lane = threadIdx.x % WARP;
     float v[PADDED];
 #pragma unroll
     for (int i = 0; i < PADDED; ++i) v[i] = i < COUNT ? sums[i] : 0.0f;
-    int offset = WARP / 2;
-#pragma unroll
-    for (int half = PADDED / 2; half > 0; half /= 2, offset /= 2) {
-        const bool upper = lane & offset;
-#pragma unroll
-        for (int i = 0; i < half; ++i) {
-            const float kept = upper ? v[i + half] : v[i], given = upper ? v[i] : v[i + half];
-            v[i] = kept + __shfl_xor_sync(FULL_WARP, given, offset);
-        }
-    }
-#pragma unroll
-    for (; offset > 0; offset /= 2) v[0] += __shfl_xor_sync(FULL_WARP, v[0], offset);
+    gather<PADDED, WARP / 2>(v, lane);
     const int index = lane / (WARP / PADDED), b = index % BATCH;
     const int row = (item - S::first_item) * S::at_once + index / BATCH;
     if (lane % (WARP / PADDED) == 0 && index < COUNT && row < S::rows) {

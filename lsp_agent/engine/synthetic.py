@@ -51,6 +51,7 @@ _CODE_RMS = {4: 4.6, 8: 74.0}
 """Root mean square of uniformly random codes less the zero point."""
 _E2M1_RMS = 2.5
 _BATCH_VALUES = 1 << 24
+_NORMALS = 1_048_573
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ class _Filler:
 
     def __init__(self, writer: WeightsWriter, seed: int) -> None:
         self._writer, self._random = writer, np.random.default_rng(seed)
+        self._normals = self._random.standard_normal(_NORMALS, np.float32)
         self._written: set[int] = set()
 
     def fill(self, name: str, weight: Weight) -> None:
@@ -203,7 +205,8 @@ class _Filler:
         return np.frombuffer(self._random.bytes(math.prod(shape)), np.uint8).reshape(shape)
 
     def _normal(self, shape: tuple[int, ...], deviation: float) -> np.ndarray:
-        values: np.ndarray = self._random.standard_normal(shape, np.float32) * np.float32(deviation)
+        # Repeated, which is ten times as fast; as the length is prime, every row begins somewhere else.
+        values: np.ndarray = np.resize(self._normals, shape) * np.float32(deviation)
         return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -30,14 +31,17 @@ class CudaGraph(GraphBuilder):
     def __init__(self, package: Package, context: int, shared: bool = False) -> None:
         super().__init__(package, context)
         self._shared = shared
+        self._raw_mxfp4 = False
         self._converted: dict[int, np.ndarray] = {}
 
     def session_options(self, threads: int) -> ort.SessionOptions:
         """As its base; weights go to the GPU's memory once, not through an arena that rounds up."""
         options = super().session_options(threads)
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-        if self._shared:  # else the kernels of experts keep their scales, and MXFP4's codes, a second time
+        if self._raw_mxfp4:
+            # Packed experts would be a second copy; without, only this other path of the kernel computes right.
             options.add_session_config_entry("session.disable_prepacking", "1")
+            os.environ["ORT_FP4_SM80_GEMM"] = "0"
         return options
 
     def attention(self, config: ModelConfig, prefix: str, qkv: list[str], normalised: bool) -> str:
@@ -140,6 +144,7 @@ class CudaGraph(GraphBuilder):
         attributes |= {"expert_weight_bits": form.bits, "block_size": form.block}
         if form.element == "e2m1":
             self.opset, self.ir_version = 25, 11  # the first that know the type of MXFP4's scales
+            self._raw_mxfp4 = self._shared
             ones = [self.constant(f"{name}.ones", np.ones(first.count, np.float32)) for name in names]
             return self.op("QMoE", [*inputs, *[""] * 8, *ones], quant_type="fp4", **attributes)
         if form.asymmetric:

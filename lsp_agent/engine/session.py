@@ -44,6 +44,7 @@ class Decoder:
     ) -> None:
         self.config = package.config
         self.device: Device = device or CpuDevice()
+        self._placement = placement
         self._gpu: GpuRuntime | None = None
         self._keep: object = None  # what the session reads without owning it
         gpu = self.device
@@ -60,7 +61,7 @@ class Decoder:
         except (UserError, Cancelled):
             raise
         except Exception as error:  # ORT raises its own untyped errors
-            if self.device.name == "cuda" and "out of memory" in str(error):
+            if self.device.name == "cuda" and "out of memory" in str(error).lower():
                 message = f"The GPU has too little free memory for {package.path}; free some, or use the CPU."
                 raise UserError(message) from error
             raise UserError(
@@ -101,7 +102,7 @@ class Decoder:
     @property
     def prefill_chunk(self) -> int:
         """Tokens of a prompt that are read in one run, unless the caller wishes otherwise."""
-        return self.device.prefill_chunk
+        return self._placement.chunk if self._placement else self.device.prefill_chunk
 
     @property
     def recurrent(self) -> bool:
@@ -138,7 +139,8 @@ class Decoder:
         bind_output(device, binding, "logits", logits)
         options = ort.RunOptions()
         done = threading.Event()
-        watcher = _terminate_on_cancel(options, cancel, done) if cancel is not None and length > 1 else None
+        if cancel is not None and length > 1:
+            _terminate_on_cancel(options, cancel, done)
         try:
             self._session.run_with_iobinding(binding, options)
             device.finish(binding)
@@ -147,9 +149,7 @@ class Decoder:
                 raise Cancelled from None
             raise
         finally:
-            done.set()
-            if watcher is not None:
-                watcher.join()
+            done.set()  # the watcher ends within its next poll; waiting for it would take as long
         state.commit()
         return device.host(logits)[0, :wanted].astype(np.float32, copy=False)
 
@@ -177,13 +177,11 @@ class Decoder:
             state.extend(ids[known:target])
 
 
-def _terminate_on_cancel(options: ort.RunOptions, cancel: CancelToken, done: threading.Event) -> threading.Thread:
+def _terminate_on_cancel(options: ort.RunOptions, cancel: CancelToken, done: threading.Event) -> None:
     def watch() -> None:
         while not done.is_set():
             if cancel.wait(CANCEL_POLL_S):
                 options.terminate = True
                 return
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=watch, daemon=True).start()

@@ -62,8 +62,8 @@ class SharedExpert:
 class ExpertTuning:
     """How the kernels spread their work; the results are the same up to rounding.
 
-    Integers: a warp owns `up_rows` or `down_rows` rows (a multiple of 4; of 8 bits, of 2), a block has `up_warps` or `down_warps` warps. MXFP4: a block
-    owns `up_block` or `down_block` rows, a multiple of 32.
+    Integers: a warp owns `up_rows` or `down_rows` rows, a multiple of 4 (of 8 bits, of 2), a block has `up_warps` or
+    `down_warps` warps. MXFP4: a block owns `up_block` or `down_block` rows, a multiple of 32.
     """
 
     up_rows: int = 8

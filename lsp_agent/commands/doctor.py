@@ -14,6 +14,7 @@ from typing import Any
 import click
 import psutil
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lsp_agent import __version__, machine, paths
@@ -38,7 +39,7 @@ def examine() -> dict[str, Any]:
     """Collect the report; every part of it is plain data."""
     choice = select.choose(store.installed(), machine.usable_memory())
     runtime = _onnxruntime()
-    device, wrong_device = ("", "") if runtime["problem"] else _device()
+    device, why, wrong_device = ("", "", "") if runtime["problem"] else _device()
     problems = [sentence for sentence in (runtime["problem"], wrong_device, choice.advice) if sentence]
     return {
         "usable": not problems,
@@ -49,6 +50,7 @@ def examine() -> dict[str, Any]:
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "onnxruntime": runtime,
         "device": device,
+        "device_reason": why,
         "machine": _machine(choice.available_bytes),
         "sandbox": _sandbox(),
         "git": _git(),
@@ -71,14 +73,20 @@ def _onnxruntime() -> dict[str, Any]:
     return {"version": onnxruntime.__version__, "providers": providers, "gpu": gpu, "problem": ""}
 
 
-def _device() -> tuple[str, str]:
-    """What the model would run on (`LSP_AGENT_DEVICE`), and why it cannot."""
-    from lsp_agent.engine.device import open_device
+def _device() -> tuple[str, str, str]:
+    """What the model would run on (`LSP_AGENT_DEVICE`), why not the GPU if that is left open, and why not at all."""
+    from lsp_agent.engine.device import open_device, requested_device
 
     try:
-        return open_device().name, ""
+        wanted = requested_device()
+        if wanted != "auto":
+            return open_device(wanted).name, "", ""
     except UserError as error:
-        return os.environ.get("LSP_AGENT_DEVICE", ""), str(error)
+        return os.environ.get("LSP_AGENT_DEVICE", ""), "", str(error)
+    try:
+        return open_device("cuda").name, "if the model fits", ""
+    except UserError as error:
+        return "cpu", str(error), ""
 
 
 def _nvidia_gpu() -> str | None:
@@ -117,6 +125,10 @@ def _first_line(*command: str) -> str | None:
     return lines[0].strip() if done.returncode == 0 and lines else None
 
 
+def _bracketed(text: str) -> str:
+    return escape(f"({text.rstrip('.')})") if text else ""
+
+
 def _writable(folder: Path) -> bool:
     existing = next(p for p in [folder, *folder.parents] if p.exists())
     return os.access(existing, os.W_OK)
@@ -138,7 +150,7 @@ def _print(report: dict[str, Any]) -> None:
     table.add_row("lsp-agent", f"{report['version']}, Python {report['python']['version']} ({sys.executable})")
     table.add_row("ONNX Runtime", f"{runtime['version'] or 'missing'}: {', '.join(runtime['providers']) or 'nothing'}")
     table.add_row("GPU", runtime["gpu"] or "none that this ONNX Runtime can use")
-    table.add_row("device", report["device"] or "none")
+    table.add_row("device", " ".join(filter(None, (report["device"] or "none", _bracketed(report["device_reason"])))))
     table.add_row("machine", f"{about['system']}, {about['cores']} cores usable, {about['decoding_threads']} to decode")
     table.add_row("memory", f"{gigabytes(about['available_bytes'])} available of {gigabytes(about['memory_bytes'])}")
     table.add_row("disk", f"{gigabytes(about['disk_free_bytes'])} free for models")

@@ -147,7 +147,9 @@ def test_doctor_says_that_the_device_cannot_be_used(device: str, says: str, monk
     put("qwen2.5-coder-0.5b")
     monkeypatch.setattr(machine, "usable_memory", lambda: 8 * GB)
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert json.loads(run("doctor", "--json").output)["device"] == "cpu"
+    report = json.loads(run("doctor", "--json").output)
+    assert report["device"] == "cpu" and "pip install 'lsp-agent[gpu]'" in report["device_reason"]
+    assert "'lsp-agent[gpu]')" in " ".join(run("doctor").output.split())
     monkeypatch.setenv("LSP_AGENT_DEVICE", device)
     result = run("doctor")
     assert result.return_value == ExitCode.ENVIRONMENT

@@ -97,7 +97,7 @@ def _result(raw: dict) -> dict:
         "micro_batch": raw["n_ubatch"],
         "experts_on_cpu": raw["n_cpu_moe"],
         "threads": raw["n_threads"],
-        "build": raw["build_number"],
+        "gpu": raw["gpu_info"],
     }
 
 
@@ -122,6 +122,11 @@ def main() -> None:
 
     tokens, prompts, depths = ("8", "32,64", "0,128") if arguments.quick else ("128", "512,2048", "0,1024,32768")
     short, depth = ("4", "128") if arguments.quick else ("64", "1024")
+    if not arguments.quick:
+        devices = [str(arguments.programs / "llama-bench"), "--list-devices"]
+        found = subprocess.run(devices, capture_output=True, text=True, timeout=60, check=False)
+        if "CUDA0" not in found.stdout + found.stderr:
+            raise SystemExit(f"llama.cpp sees no GPU (LD_LIBRARY_PATH?): {found.stdout} {found.stderr[-500:]}")
     bench = [str(arguments.programs / "llama-bench"), "-m", str(arguments.model), "-o", "jsonl", "-fa", "1"]
     bench += ["-ngl", "99"]
     on_cpu = [*bench, "-t", arguments.threads, "-p", "0", "-n", short, "-d", depth, "-r", "2"]

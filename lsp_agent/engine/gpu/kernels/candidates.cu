@@ -1,10 +1,10 @@
-// The BEST largest logits of each token in descending order, ties to the lower id, and the log-sum-exp of all. Exact, and
-// independent of the order in which blocks and threads run.
+// The BEST largest logits of each token in descending order, ties to the lower id, and the log-sum-exp of all. Exact,
+// and independent of the order in which blocks and threads run.
 //
 // Grid: BLOCKS x BATCH. Logits and ids make keys of 64 bits, all different, in the order that is asked for. A block has
 // its share's best keys: the BEST-th largest of its threads' own largest keys bounds them from below, and as no more
-// than BEST threads own keys from there on, few are left, which are ranked by counting the larger ones. The last block of
-// a token does the same with what all blocks found.
+// than BEST threads own keys from there on, few are left, which are ranked by counting the larger ones. The last block
+// of a token does the same with what all blocks found.
 //
 // Macros: BATCH, VOCABULARY, BEST, BLOCKS (of a token), THREADS.
 

@@ -25,7 +25,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) embed(const long long *ids
     for (int group = threadIdx.x; group < GROUPS; group += THREADS) {
         uint4 bits;
 #if TYPE == F32
-        const uint4 low = __ldg(table + (row * GROUPS + group) * 2), high = __ldg(table + (row * GROUPS + group) * 2 + 1);
+        const uint4 *const from = table + (row * GROUPS + group) * 2;
+        const uint4 low = __ldg(from), high = __ldg(from + 1);
         bits.x = as_bits(__floats2half2_rn(__uint_as_float(low.x), __uint_as_float(low.y)));
         bits.y = as_bits(__floats2half2_rn(__uint_as_float(low.z), __uint_as_float(low.w)));
         bits.z = as_bits(__floats2half2_rn(__uint_as_float(high.x), __uint_as_float(high.y)));

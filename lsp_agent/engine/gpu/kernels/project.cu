@@ -1,16 +1,17 @@
 // Products of up to four matrices, the segments, with the same activations of BATCH tokens: y = W x + bias.
 //
 // An item is AT_ONCE rows of one segment. A warp takes items, its lanes 16 bytes of codes at a time (a chunk) along the
-// columns. A warp holds BUFFER chunks for each lane: the first ones are asked for before the activations are there, the next
-// ones while it computes. Products are summed in fp16 for TERMS terms, then in fp32; codes count as fractions of 1 there
-// (code / 8 or / 128), so that these sums do not overflow before activations of thousands.
+// columns. A warp holds BUFFER chunks for each lane: the first ones are asked for before the activations are there,
+// the next ones while it computes. Products are summed in fp16 for TERMS terms, then in fp32; codes count as fractions
+// of 1 there (code / 8 or / 128), so that these sums do not overflow before activations of thousands.
 //
-// Macros: BATCH, COLUMNS, THREADS, BLOCKS (the grid), BUFFER, TERMS (4, 8 or 16), OUT_HALF, SEGMENTS; of each segment s: ROWS_s, BITS_s (4, 8,
-// or 16: floats, [COLUMNS, ROWS]), BLOCK_s, SCALE_HALF_s, ZERO_s, AT_ONCE_s; PROLOGUE, and what it needs (prologue.cuh):
-// DELTA, WRITE_NORMED, EPSILON, HEAD, P_STRIDE, Z_OFFSET.
+// Macros: BATCH, COLUMNS, THREADS, BLOCKS (the grid), BUFFER, TERMS (4, 8 or 16), OUT_HALF, SEGMENTS; of each segment
+// s: ROWS_s, BITS_s (4, 8, or 16: floats, [COLUMNS, ROWS]), BLOCK_s, SCALE_HALF_s, ZERO_s, AT_ONCE_s; PROLOGUE, and what
+// it needs (prologue.cuh): DELTA, WRITE_NORMED, EPSILON, HEAD, P_STRIDE, Z_OFFSET.
 
 #include "common.cuh"
 #include "prologue.cuh"
+#include "segments.cuh"
 
 #if OUT_HALF
 typedef __half Out;
@@ -18,87 +19,6 @@ typedef __half Out;
 typedef float Out;
 #endif
 
-struct Weights {
-    const unsigned char *codes;
-    const void *scales;
-    const unsigned char *zero_points;
-};
-
-__host__ __device__ constexpr int largest(int a, int b) { return a > b ? a : b; }
-__host__ __device__ constexpr int smallest(int a, int b) { return a < b ? a : b; }
-
-template <int ROWS, int BITS, int BLOCK, int SCALE_HALF, int ZERO, int AT_ONCE, int FIRST_ROW, int FIRST_ITEM>
-struct Segment {
-    static constexpr int rows = ROWS, bits = BITS, block = BLOCK, at_once = AT_ONCE, first_row = FIRST_ROW;
-    static constexpr bool scale_half = SCALE_HALF, zero = ZERO;
-    static constexpr bool by_columns = BITS == 16 && ROWS > 1; // floats whose rows do not lie in a piece
-    static constexpr int values = 128 / BITS, chunks = COLUMNS / values; // of a chunk; of a row
-    static constexpr int each = (chunks + WARP - 1) / WARP;              // chunks of a row for each lane
-    static constexpr int held = BITS == 16 && ROWS > 1 ? 0 : each < BUFFER / AT_ONCE ? each : BUFFER / AT_ONCE;
-    static constexpr int tiles = by_columns ? 1 : (each + (held ? held : 1) - 1) / (held ? held : 1);
-    static constexpr bool exact = tiles * held * WARP == chunks; // no lane ever lies beyond the row
-    static constexpr int blocks = BITS == 16 ? 1 : COLUMNS / BLOCK;
-    static constexpr int scales = BITS == 16 ? 0 : values > BLOCK ? values / BLOCK : 1; // of a chunk
-    static constexpr int piece = smallest(TERMS / 4, smallest(values, BITS == 16 ? values : BLOCK) / GROUP); // groups
-    static __device__ __forceinline__ constexpr int scale_of(int p) { return scales > 1 ? p * piece * GROUP / BLOCK : 0; }
-    static constexpr float unit = BITS == 4 ? 8.0f : BITS == 8 ? 128.0f : 1.0f;
-    static constexpr int first_item = FIRST_ITEM, last_item = FIRST_ITEM + (ROWS + AT_ONCE - 1) / AT_ONCE;
-    static_assert(BITS == 16 || COLUMNS % BLOCK == 0, "rows are whole blocks");
-    static_assert(by_columns || COLUMNS % values == 0, "rows are whole chunks");
-    static_assert(by_columns || AT_ONCE <= BUFFER, "a warp holds a chunk of each row");
-};
-
-#define SEGMENT(s, row, item) Segment<ROWS_##s, BITS_##s, BLOCK_##s, SCALE_HALF_##s, ZERO_##s, AT_ONCE_##s, row, item>
-typedef SEGMENT(0, 0, 0) Segment0;
-#define LAST Segment0
-#if SEGMENTS > 1
-typedef SEGMENT(1, ROWS_0, Segment0::last_item) Segment1;
-#undef LAST
-#define LAST Segment1
-#endif
-#if SEGMENTS > 2
-typedef SEGMENT(2, ROWS_0 + ROWS_1, Segment1::last_item) Segment2;
-#undef LAST
-#define LAST Segment2
-#endif
-#if SEGMENTS > 3
-typedef SEGMENT(3, ROWS_0 + ROWS_1 + ROWS_2, Segment2::last_item) Segment3;
-#undef LAST
-#define LAST Segment3
-#endif
-
-constexpr int ITEMS = LAST::last_item, ALL_ROWS = LAST::first_row + LAST::rows;
-constexpr int WARPS = THREADS / WARP, STRIDE = WARPS * BLOCKS;
-
-// `call(Segment, weights)` for the segment of an item, the same for a whole warp.
-#if SEGMENTS == 1
-#define BY_SEGMENT(item, call) call(Segment0, 0)
-#elif SEGMENTS == 2
-#define BY_SEGMENT(item, call)                                                                                         \
-    if (item < Segment0::last_item) call(Segment0, 0);                                                                 \
-    else call(Segment1, 1)
-#elif SEGMENTS == 3
-#define BY_SEGMENT(item, call)                                                                                         \
-    if (item < Segment0::last_item) call(Segment0, 0);                                                                 \
-    else if (item < Segment1::last_item) call(Segment1, 1);                                                            \
-    else call(Segment2, 2)
-#else
-#define BY_SEGMENT(item, call)                                                                                         \
-    if (item < Segment0::last_item) call(Segment0, 0);                                                                 \
-    else if (item < Segment1::last_item) call(Segment1, 1);                                                            \
-    else if (item < Segment2::last_item) call(Segment2, 2);                                                            \
-    else call(Segment3, 3)
-#endif
-
-#if SEGMENTS == 1
-#define MOST(field) Segment0::field
-#elif SEGMENTS == 2
-#define MOST(field) largest(Segment0::field, Segment1::field)
-#elif SEGMENTS == 3
-#define MOST(field) largest(largest(Segment0::field, Segment1::field), Segment2::field)
-#else
-#define MOST(field) largest(largest(Segment0::field, Segment1::field), largest(Segment2::field, Segment3::field))
-#endif
 constexpr int SCALES = largest(MOST(scales), 1), MOST_ROWS = MOST(at_once), TILES = MOST(tiles);
 constexpr bool ONCE = ITEMS <= STRIDE && TILES == 1; // every warp has all of its work before the activations are there
 
@@ -139,8 +59,8 @@ template <class S> __device__ __forceinline__ void load(Buffer &buffer, const We
                 else
                     buffer.scales[slot][s] = __ldg((const unsigned *)weights.scales + index);
                 if (S::zero && S::bits == 4) {
-                    const unsigned both = __ldg(weights.zero_points + (long long)row * ((S::blocks + 1) / 2) + block / 2);
-                    buffer.zero_points[slot][s] = both;
+                    const long long place = (long long)row * ((S::blocks + 1) / 2) + block / 2;
+                    buffer.zero_points[slot][s] = __ldg(weights.zero_points + place);
                 } else if (S::zero) {
                     buffer.zero_points[slot][s] = __ldg(weights.zero_points + index);
                 }
@@ -149,10 +69,10 @@ template <class S> __device__ __forceinline__ void load(Buffer &buffer, const We
     }
 }
 
-// The codes of a piece of a chunk less their zero points, as fractions of 1, paired as the activations are. All steps are
-// exact.
+// The codes of a piece of a chunk less their zero points, as fractions of 1, paired as the activations are; exactly.
 template <class S>
-__device__ __forceinline__ void decode(const Buffer &buffer, int slot, int chunk, int piece, __half2 (&w)[4 * S::piece]) {
+__device__ __forceinline__ void decode(const Buffer &buffer, int slot, int chunk, int piece,
+                                       __half2 (&w)[4 * S::piece]) {
     const uint4 &codes = buffer.codes[slot];
     const unsigned words[4] = {codes.x, codes.y, codes.z, codes.w};
     if constexpr (S::bits == 16) {
@@ -236,8 +156,8 @@ __device__ __forceinline__ void compute_by_columns(const Weights &weights, const
 }
 
 template <class S>
-__device__ __forceinline__ void compute(const Buffer &buffer, const Weights &weights, const uint4 *x, int item, int tile,
-                                        float (&sums)[MOST_ROWS * BATCH]) {
+__device__ __forceinline__ void compute(const Buffer &buffer, const Weights &weights, const uint4 *x, int item,
+                                        int tile, float (&sums)[MOST_ROWS * BATCH]) {
     if constexpr (S::by_columns) {
         compute_by_columns<S>(weights, x, item, sums);
         return;
@@ -292,7 +212,8 @@ template <int COUNT, int OFFSET, int ALL> __device__ __forceinline__ void gather
 }
 
 // Add up the lanes' sums, each of which ends in lanes of its own, and write them.
-template <class S> __device__ __forceinline__ void finish(Out *y, const float *bias, int item, const float (&sums)[MOST_ROWS * BATCH]) {
+template <class S>
+__device__ __forceinline__ void finish(Out *y, const float *bias, int item, const float (&sums)[MOST_ROWS * BATCH]) {
     constexpr int COUNT = S::at_once * BATCH, PADDED = power_of_two(COUNT);
     const int lane = threadIdx.x % WARP;
     float v[PADDED];
@@ -313,7 +234,8 @@ __device__ __forceinline__ void prefetch_bias(const float *bias) {
     for (int row = threadIdx.x * WARP; row < ALL_ROWS; row += THREADS * WARP) prefetch_l2(bias + row);
 }
 
-#define SEGMENT_PARAMETERS(s) , const unsigned char *codes_##s, const void *scales_##s, const unsigned char *zero_points_##s
+#define SEGMENT_PARAMETERS(s)                                                                                          \
+    , const unsigned char *codes_##s, const void *scales_##s, const unsigned char *zero_points_##s
 extern "C" __global__ void __launch_bounds__(THREADS)
 project(
 #if PROLOGUE == NORM

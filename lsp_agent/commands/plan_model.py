@@ -17,7 +17,7 @@ from lsp_agent.engine import synthetic
 from lsp_agent.engine.device import open_device
 from lsp_agent.engine.gpu.bandwidth import describe_machine
 from lsp_agent.engine.gpu.choice import Choice, Room, choose
-from lsp_agent.engine.gpu.placement import PLACEMENTS, placement_kind
+from lsp_agent.engine.gpu.placement import PARALLEL, PLACEMENTS, placement_kind
 from lsp_agent.engine.gpu.speed import PREFILL_LENGTH, Machine, Speed, estimate
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.plan import Item, Model, Plan, sizes_of
@@ -38,7 +38,7 @@ SPEED_AT = 1024
 @click.option("--vram", type=SIZE, help="GPU memory to plan for, such as 24GiB; by default what is free.")
 @click.option("--ram", type=SIZE, help="Main memory to plan for; by default what can be used.")
 @click.option("--context", type=TOKENS, help="Tokens of prompt and answer, such as 64k.")
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(1, 8), help="Answers decoded together.")
+@click.option("--batch", default=PARALLEL, show_default=True, type=click.IntRange(1, 8), help="Answers at once.")
 @click.option("--placement", type=click.Choice(PLACEMENTS), help="By default the fastest that fits.")
 @click.option("--scheme", type=click.Choice(list(SCHEMES)), help="For a model that is not installed.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -15,7 +15,7 @@ from lsp_agent.engine.device import CpuDevice, Device, DeviceChoice, open_device
 from lsp_agent.engine.generation import Generation
 from lsp_agent.engine.gpu.choice import Room, choose
 from lsp_agent.engine.gpu.errors import in_use_by
-from lsp_agent.engine.gpu.placement import Placement
+from lsp_agent.engine.gpu.placement import PARALLEL, Placement
 from lsp_agent.engine.graph import Accuracy
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.prepacked import Progress
@@ -147,7 +147,7 @@ class Engine:
 
 def _place(package: Package, name: str, context: int, device: Device) -> Placement:
     """Where the model goes on the GPU; raises `UserError` that says what would fit when it has no room."""
-    choice = choose(package, name, context, Room(device.free_memory(), usable_memory()))
+    choice = choose(package, name, context, Room(device.free_memory(), usable_memory()), batch=PARALLEL)
     if choice.plan is None:
         raise UserError(f"{choice.reason} {in_use_by()}".strip())
     log.info("%s on the GPU: %s. %s", name, choice.kind, choice.reason)

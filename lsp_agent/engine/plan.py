@@ -23,6 +23,8 @@ WORKSPACE_FACTOR = 2.0
 PREFILL_SCALE_BYTES = 2
 """ONNX Runtime's kernels for prompts keep every scale of the experts once more in 16 bits, transposed (int4) or widened
 (MXFP4: 4.8 GB of an 80B model on an H100), in GPU memory wherever the experts are."""
+PARALLEL_CONTEXT = 8192
+"""Tokens of each answer of several and its prompt: room for all of them at the longest would be paid for always."""
 TRANSIENT_RING = 2
 """Buffers of each recurrent state of sequences that are decoded together."""
 FP16_BYTES = 2
@@ -85,7 +87,7 @@ class Sizes:
 @dataclass(frozen=True)
 class Plan:
     """The parts of a model under a placement. `context`: most tokens of a prompt and its answer; `bytes_a_token` of it
-    in all caches; `batch`: sequences that are decoded together."""
+    in the caches of all prompts; `batch`: sequences that are decoded together."""
 
     placement: Placement
     context: int
@@ -133,13 +135,12 @@ def make_plan(model: Model | Sizes, context: int, placement: Placement | None = 
         Item("checkpoints of prompts", kept * CudaDevice.checkpoints * sizes.recurrent, "gpu", linear),
     ]
     if batch > 1:
-        parallel = batch * (running + TRANSIENT_RING * sizes.recurrent)
+        parallel = batch * (sizes.a_token * min(context, PARALLEL_CONTEXT) + TRANSIENT_RING * sizes.recurrent)
         items.append(Item(f"states of {batch} answers at once", parallel, "gpu"))
     work = WORKSPACE_BYTES + int(WORKSPACE_FACTOR * sizes.activations * where.chunk)
     items.append(Item(f"work space for {where.chunk} tokens", work, "gpu"))
     items.append(Item("CUDA", RUNTIME_BYTES, "gpu"))
-    a_token = (kept + (batch if batch > 1 else 0)) * sizes.a_token
-    return Plan(where, context, batch, a_token, tuple(item for item in items if item.bytes), sizes)
+    return Plan(where, context, batch, kept * sizes.a_token, tuple(item for item in items if item.bytes), sizes)
 
 
 def _experts(sizes: Sizes, where: Placement) -> list[Item]:

@@ -10,6 +10,8 @@ from lsp_agent.errors import UserError
 
 PINNED_SHARE = 0.9
 """Of the main memory that can be used, the most that is locked in place: it cannot be swapped out."""
+SPARE = 0.02
+"""Of the GPU's free memory, what is left free where slots could fill it: allocators lose some to fragments."""
 LEAST_SLOTS = 2
 """Fewer expert slots a layer than for so many tokens are not worth their memory."""
 
@@ -67,7 +69,7 @@ def choose(
         return Choice("cpu", None, f"{reason}; {_advice(sizes, plan, room, batch)}.")
     for prompts in (2, 1):
         plan = _host(sizes, context, room, prompts, batch)
-        slots = min((room.gpu - plan.needed) // sizes.slot, sizes.expert_count - 1)
+        slots = min((int(room.gpu * (1 - SPARE)) - plan.needed) // sizes.slot, sizes.expert_count - 1)
         if wanted != "host" and room.holds(plan) and slots >= _least(sizes):
             filled = make_plan(sizes, context, Placement("hybrid", slots, plan.placement.chunk, prompts), batch)
             return Choice("hybrid", filled, "" if wanted else f"{reason}.")

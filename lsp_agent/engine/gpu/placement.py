@@ -13,6 +13,8 @@ PLACEMENTS: tuple[PlacementKind, ...] = get_args(PlacementKind)
 RESIDENT_CHUNK = 2048
 HOST_CHUNKS = (8192, 4096, RESIDENT_CHUNK)
 """A chunk of a prompt touches nearly all experts once: with these in main memory, longer chunks cross the bus less."""
+PARALLEL = 4
+"""Answers that are decoded together, for which memory is planned: as many as the agent asks for at once."""
 MOST_PROMPTS = 4
 """Past prompts whose states are kept in GPU memory, the running one among them."""
 

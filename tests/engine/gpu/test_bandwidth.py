@@ -39,5 +39,5 @@ def test_a_plan_uses_the_gpus_free_memory_and_its_bandwidth(monkeypatch):
     result = CliRunner().invoke(app, ["model", "plan", "qwen3-coder-next", "--json"], catch_exceptions=False)
     plan = json.loads(result.stdout)
     assert plan["free"] == 60 * 10**9 and plan["placement"] == "resident" and plan["speed"]["machine"]["measured"]
-    result = CliRunner().invoke(app, ["model", "plan", "qwen3-coder-next", "--vram", "48GiB"], catch_exceptions=False)
+    result = CliRunner().invoke(app, ["model", "plan", "qwen3-coder-next", "--vram", "56GiB"], catch_exceptions=False)
     assert "NVIDIA H100 80GB HBM3, 3352 GB/s of its memory" in result.stdout and "measured here" in result.stdout

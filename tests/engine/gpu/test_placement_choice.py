@@ -44,7 +44,7 @@ def test_less_memory_moves_experts_out_of_the_card(next_model):
     for choice, gpu in zip(kinds[:4], (85, 25, 17, 11), strict=True):
         assert choice.plan and choice.plan.needed <= gpu * GB
         more = sizes_of(next_model).slot
-        assert choice.kind != "hybrid" or choice.plan.needed + more > gpu * GB, "no slot is left out"
+        assert choice.kind != "hybrid" or 0.97 * gpu * GB < choice.plan.needed + more <= 0.98 * gpu * GB + more
     assert kinds[0].reason == "" and "25.0 GB are free" in kinds[1].reason
     assert [c.plan.placement.chunk for c in kinds if c.plan] == [2048, 4096, 4096, 2048]
 
@@ -98,7 +98,9 @@ def test_a_placement_can_be_asked_for_and_must_make_sense(next_model, dense_mode
 def test_answers_in_parallel_take_memory(next_model):
     one, four = make_plan(next_model, 8192), make_plan(next_model, 8192, batch=4)
     assert four.needed - one.needed > 4 * 8192 * 24_576
-    assert four.bytes_a_token == 2 * one.bytes_a_token
+    longer = [make_plan(next_model, 65536, batch=batch).needed for batch in (1, 4)]
+    assert longer[1] - longer[0] == four.needed - one.needed, "at the longest only one after another"
+    assert four.bytes_a_token == one.bytes_a_token == 4 * 24_576
 
 
 def test_speed_falls_with_what_crosses_the_bus(next_model):

@@ -15,6 +15,8 @@ MOST_SEGMENTS = 4
 MOST_SHARED = 96 * 1024
 """Bytes of shared memory for activations that every GPU since compute capability 8.0 gives a block."""
 CANDIDATES_THREADS = 256
+ONE_PASS_WARPS = 24
+"""A block of so many still has 80 registers a thread."""
 MULTIPROCESSORS = 132
 """Of an H100; other cards lose little by a grid that was sized for it."""
 
@@ -86,12 +88,13 @@ Prologue = Norm | GatedNorm | Gate | Plain | Swiglu
 class Tuning:
     """How `project` spreads its work; every choice gives the same sums up to rounding.
 
-    A warp holds `buffer` pieces of 16 bytes for each lane, from as many rows as fit. `warps` a block at most, `blocks`
-    in the grid at most (0: as many as multiprocessors). `terms`: how many products are summed in fp16.
+    A warp holds `buffer` pieces of 16 bytes for each lane, from as many rows as fit. `warps` a block at most (0: chosen
+    for the number of rows and tokens), `blocks` in the grid at most (0: as many as multiprocessors). `terms`: how many
+    products are summed in fp16.
     """
 
     buffer: int = 8
-    warps: int = 16
+    warps: int = 0
     blocks: int = 0
     terms: Literal[4, 8, 16] = 8
 
@@ -118,9 +121,7 @@ def project(
         raise ValueError(reason)
     at_once = [_rows_at_once(segment, columns, batch, tuning.buffer) for segment in segments]
     items = sum(-(-segment.rows // rows) for segment, rows in zip(segments, at_once, strict=True))
-    most_blocks = tuning.blocks or multiprocessors
-    warps = min(tuning.warps, max(2, -(-items // most_blocks)))
-    blocks = min(most_blocks, -(-items // warps))
+    warps, blocks = _grid(items, batch, tuning, multiprocessors)
     macros = {
         "BATCH": batch,
         "COLUMNS": columns,
@@ -203,6 +204,19 @@ def _unsupported(prologue: Prologue, segments: Sequence[Segment], columns: int, 
     if isinstance(prologue, GatedNorm) and (prologue.head & (prologue.head - 1) or prologue.head > GROUP * WARP):
         return f"gated norms over heads of {prologue.head}: they must be a power of two up to {GROUP * WARP}"
     return None
+
+
+def _grid(items: int, batch: int, tuning: Tuning, multiprocessors: int) -> tuple[int, int]:
+    """Warps of a block, and blocks. One pass, all of whose weights are asked for at once, where registers allow it."""
+    most_blocks = tuning.blocks or multiprocessors
+    each = max(2, -(-items // most_blocks))
+    warps = min(tuning.warps or ONE_PASS_WARPS, each)
+    if not tuning.warps and (each > ONE_PASS_WARPS or batch > 2):
+        if each > 2 * ONE_PASS_WARPS:
+            warps = 16
+        else:
+            warps, most_blocks = min(8, each), items
+    return warps, min(most_blocks, -(-items // warps))
 
 
 def _rows_at_once(segment: Segment, columns: int, batch: int, buffer: int) -> int:

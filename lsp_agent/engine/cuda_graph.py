@@ -11,6 +11,8 @@ import onnxruntime as ort
 from onnx import TensorProto
 
 from lsp_agent.engine.architecture import LinearAttentionConfig, ModelConfig
+from lsp_agent.engine.gpu.expert_staging import ExpertStaging
+from lsp_agent.engine.gpu.operators import DOMAIN
 from lsp_agent.engine.graph import CONTRIB, SWIGLU, GraphBuilder
 from lsp_agent.engine.package import Experts, Extent, LinearPart, Package
 from lsp_agent.errors import UserError
@@ -23,14 +25,17 @@ class CudaGraph(GraphBuilder):
     """Everything runs on the GPU, so that a decode step can be captured as one CUDA graph.
 
     `shared`: matrices and experts are read from memory that `DeviceWeights.share` gives the session, so the graph only
-    names them, and integer experts are packed.
+    names them, and integer experts are packed. `staging`: experts are in main memory and are fetched through it; the
+    session must know our operators.
     """
 
     element = "float16"
 
-    def __init__(self, package: Package, context: int, shared: bool = False) -> None:
+    def __init__(
+        self, package: Package, context: int, shared: bool = False, staging: ExpertStaging | None = None
+    ) -> None:
         super().__init__(package, context)
-        self._shared = shared
+        self._shared, self._staging = shared, staging
         self._raw_mxfp4 = False
         self._converted: dict[int, np.ndarray] = {}
 
@@ -38,10 +43,11 @@ class CudaGraph(GraphBuilder):
         """As its base; weights go to the GPU's memory once, not through an arena that rounds up."""
         options = super().session_options(threads)
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-        if self._raw_mxfp4:
-            # Packed experts would be a second copy; without, only this other path of the kernel computes right.
+        if self._raw_mxfp4 or (self._staging is not None and self._staging.stages_scales):
+            # What is packed would be a second copy, and is not there yet where it is staged.
             options.add_session_config_entry("session.disable_prepacking", "1")
-            os.environ["ORT_FP4_SM80_GEMM"] = "0"
+        if self._raw_mxfp4:
+            os.environ["ORT_FP4_SM80_GEMM"] = "0"  # only this path of the kernel reads what is not packed
         return options
 
     def attention(self, config: ModelConfig, prefix: str, qkv: list[str], normalised: bool) -> str:
@@ -138,6 +144,8 @@ class CudaGraph(GraphBuilder):
         if form is None or second.part.format != form:
             dense = [self._dense_experts(gate_up, first), "", self._dense_experts(down, second)]
             return self.op("MoE", [x, logits, *dense], **attributes)
+        if self._staging is not None:
+            x = self._staged(self._staging, x, logits, gate_up, down, used)
         names = (gate_up, down)
         codes, scales, zero_points = zip(*map(self._expert_arrays, names, (first, second)), strict=True)
         inputs = [x, logits, codes[0], scales[0], "", codes[1], scales[1]]
@@ -151,6 +159,14 @@ class CudaGraph(GraphBuilder):
             inputs += [*[""] * 4, *zero_points]
         # `ExpertMemory` packs the codes when it loads them, so that they need not be the session's own.
         return self.op("QMoE", inputs, weights_prepacked=1, **attributes)
+
+    def _staged(self, staging: ExpertStaging, x: str, logits: str, gate_up: str, down: str, used: int) -> str:
+        """`x`, when the experts that it is routed to have been fetched."""
+        self.domains.add(DOMAIN)
+        there = f"{gate_up}.there"
+        count = self.op("Size", [logits])
+        self._nodes += staging.nodes(gate_up, down, logits, count, used, there)
+        return self.op("Add", [x, there])
 
     def _dense_experts(self, name: str, experts: Experts) -> str:
         part, shape = experts.part, (experts.count, experts.part.rows // experts.count, experts.columns)

@@ -55,6 +55,7 @@ class GraphBuilder(ABC):
         self._outputs: list[ValueInfoProto] = []
         self._count = 0
         self.in_memory: dict[str, np.ndarray] = {}
+        self.domains = {CONTRIB}
         self.states: list[StateSpec] = []
         hidden = package.config.hidden
         self._inputs = [
@@ -238,7 +239,8 @@ class GraphBuilder(ABC):
         graph = helper.make_graph(
             self._nodes, "decoder", self._inputs, self._outputs, list(self._initialisers.values())
         )
-        opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid(CONTRIB, 1)]
+        domains = [helper.make_opsetid(domain, 1) for domain in sorted(self.domains)]
+        opsets = [helper.make_opsetid("", self.opset), *domains]
         return helper.make_model(graph, opset_imports=opsets, ir_version=self.ir_version)
 
     def session_options(self, threads: int) -> ort.SessionOptions:

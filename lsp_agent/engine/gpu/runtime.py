@@ -13,10 +13,12 @@ from lsp_agent.engine.decoder import build_decoder
 from lsp_agent.engine.device import Array, CudaDevice
 from lsp_agent.engine.gpu.compiler import CudaCompiler
 from lsp_agent.engine.gpu.cuda_memory import CudaMemory
+from lsp_agent.engine.gpu.expert_staging import ExpertStaging
 from lsp_agent.engine.gpu.memory import Progress
 from lsp_agent.engine.gpu.operators import cuda_launcher, register
 from lsp_agent.engine.gpu.placement import Placement
-from lsp_agent.engine.gpu.step_graph import NoKernel, StepGraph
+from lsp_agent.engine.gpu.step_builder import DeviceTrace, NoKernel, StepBuilder
+from lsp_agent.engine.gpu.step_graph import build_step
 from lsp_agent.engine.gpu.steps import StepRunner
 from lsp_agent.engine.gpu.weights import DeviceWeights
 from lsp_agent.engine.package import Package
@@ -41,17 +43,23 @@ class GpuRuntime:
         on_progress: Progress | None = None,
     ) -> None:
         self._package, self._device, self._context = package, device, context
-        self._weights = DeviceWeights(package, CudaMemory(), placement, on_progress)
+        memory, self._compiler = CudaMemory(), CudaCompiler()
+        self._weights = DeviceWeights(package, memory, placement, on_progress)
         address, kind = self._weights.embedding()
         width = {"f16": "float16", "bf16": "uint16", "f32": "float32"}[kind]
         self._table = device.borrow(address, (package.config.vocabulary, package.config.hidden), width)
-        graph = CudaGraph(package, context, shared=True)
+        staging = None
+        if placement is not None and placement.kind in ("host", "hybrid"):
+            staging = ExpertStaging(self._weights.experts, memory, self._compiler)
+        graph = CudaGraph(package, context, shared=True, staging=staging)
         build_decoder(architecture(package.config.architecture), package.config, graph)
         self.states = graph.states
         options, model = graph.session_options(threads), graph.model()
-        self._shared = self._weights.share(model, options, "cuda")  # the session reads it without owning it
+        register(options, cuda_launcher())
+        self._shared = self._weights.share(model, options, "cuda", staging)  # the session reads it without owning it
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=device.providers({}))
         self._compiler = CudaCompiler()
+        self._trace: DeviceTrace | None = None
         self.steps: StepRunner | None = StepRunner(device, package.config.vocabulary, MOST_STEPS, self._step_session)
         try:
             self.steps.prepare(1)
@@ -59,8 +67,19 @@ class GpuRuntime:
             log.info("decoding without kernels of our own: %s", error)
             self.steps = None
 
+    def follow(self, logits: np.ndarray) -> None:
+        """Let the steps of states that are made from now on route by these router logits, fp32 [tokens, blocks,
+        experts], the token at position p by row p modulo tokens, instead of the model's own: to measure."""
+        tokens, blocks, _ = logits.shape
+        layers = {f"blk.{block}": self._weights.constant(f"trace.{block}", logits[:, block]) for block in range(blocks)}
+        self._trace = DeviceTrace(tokens, layers)
+        self.steps = StepRunner(self._device, self._package.config.vocabulary, MOST_STEPS, self._step_session)
+
     def _step_session(self, batch: int) -> ort.InferenceSession:
-        graph = StepGraph(self._package, self.states, self._weights, self._compiler, batch, self._context)
+        graph = StepBuilder(
+            self._package, self.states, self._weights, self._compiler, batch, self._context, self._trace
+        )
+        build_step(graph)
         options = ort.SessionOptions()
         # Nothing to optimise, and no pattern of memory to keep: shapes are static and every node is a kernel of ours.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -13,6 +13,7 @@ from onnx import ModelProto, TensorProto, helper
 from lsp_agent.cancel import CancelToken
 from lsp_agent.engine.decoder import EMBEDDING
 from lsp_agent.engine.gpu.expert_memory import ExpertMemory
+from lsp_agent.engine.gpu.expert_staging import ExpertStaging
 from lsp_agent.engine.gpu.expert_uses import load_uses, save_uses
 from lsp_agent.engine.gpu.memory import Change, Load, Memory, Progress, Where, loaded_bytes
 from lsp_agent.engine.gpu.placement import Placement
@@ -115,14 +116,18 @@ class DeviceWeights:
         """Of the embedding's rows in page-locked memory, and their type: f16, bf16 or f32."""
         return self._embedding
 
-    def share(self, model: ModelProto, options: ort.SessionOptions, device: str) -> list[Any]:
+    def share(
+        self, model: ModelProto, options: ort.SessionOptions, device: str, staging: ExpertStaging | None = None
+    ) -> list[Any]:
         """Let a session read every matrix and all experts that `model` names from here, not from the file.
 
-        `device` is cpu or cuda. Returns what must live as long as the session."""
+        `device` is cpu or cuda; `staging` is the graph's. Returns what must live as long as the session.
+        """
         values = []
         for tensor in model.graph.initializer:
             if tensor.name in self._shared:
-                value = borrowed(self._addresses[tensor.name], tensor.dims, tensor.data_type, device)
+                staged = staging.address(tensor.name) if staging is not None else None
+                value = borrowed(staged or self._addresses[tensor.name], tensor.dims, tensor.data_type, device)
                 options.add_initializer(tensor.name, value)
                 values.append(value)
         return values

@@ -1,8 +1,6 @@
 """Every weight of a package by its address, and the same memory in a session of ONNX Runtime."""
 
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -10,13 +8,8 @@ import pytest
 from gguf import GGMLQuantizationType
 from onnx import TensorProto, helper
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "gpu"))
-
-import gpu_checkpoints
-
 from lsp_agent.cancel import CancelToken
 from lsp_agent.engine.architectures import architecture
-from lsp_agent.engine.checkpoints.importing import import_checkpoint
 from lsp_agent.engine.cuda_graph import CudaGraph
 from lsp_agent.engine.decoder import build_decoder
 from lsp_agent.engine.embedding import Embedding
@@ -32,19 +25,9 @@ GATE_UP, DOWN = "blk.1.experts_gate_up", "blk.1.experts_down"
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory):
+def package(gpu_package):
     """`package(scheme)`: an imported package with experts."""
-    folder = tmp_path_factory.mktemp("weights")
-    source = gpu_checkpoints.write(folder / "source", "qwen3-moe")
-    made = {}
-
-    def make(scheme):
-        if scheme not in made:
-            import_checkpoint(source, folder / scheme, scheme=scheme)
-            made[scheme] = Package(folder / scheme)
-        return made[scheme]
-
-    return make
+    return lambda scheme: gpu_package("qwen3-moe", scheme)
 
 
 def at(address, shape, dtype):

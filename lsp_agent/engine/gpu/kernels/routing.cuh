@@ -42,7 +42,7 @@ __device__ __forceinline__ Choice choose_experts(const float *logits) {
         keys[i] = EXPERTS % WARP == 0 || expert < EXPERTS ? ordered(logits[expert]) : 0u;
     }
 #if !NORMALISE
-    float largest = -INFINITY, sum = 0.0f;
+    float largest = __uint_as_float(0xff800000u), sum = 0.0f; // minus infinity, for which NVRTC has no name
 #pragma unroll
     for (int i = 0; i < LANE_LOGITS; ++i)
         if (keys[i]) largest = fmaxf(largest, from_ordered(keys[i]));

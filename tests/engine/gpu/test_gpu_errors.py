@@ -9,8 +9,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 from fake_cupy import CUDARuntimeError, install
 
+from lsp_agent.cli import app
 from lsp_agent.engine import device, engine
 from lsp_agent.engine.device import CpuDevice, CudaDevice, open_device
 from lsp_agent.engine.engine import Engine
@@ -200,3 +202,18 @@ def test_without_the_gpus_packages_auto_is_the_cpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", object())
     monkeypatch.setattr(device.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     assert isinstance(open_device("auto"), CpuDevice)
+
+
+def test_generate_ends_with_the_sentence_when_the_gpu_is_lost(monkeypatch, tiny_package, tmp_path):
+    class Lost:
+        tokenizer = SimpleNamespace(encode=lambda text: [1, 2])
+
+        def generate(self, *_, **__):
+            raise RuntimeError(ORT_LOST)
+            yield
+
+    monkeypatch.setattr(Engine, "load", lambda *_, **__: Lost())
+    (tmp_path / "prompt").write_text("x")
+    arguments = ["generate", "--model", str(tiny_package()), "--prompt-file", str(tmp_path / "prompt")]
+    result = CliRunner().invoke(app, [*arguments, "--device", "auto"])
+    assert isinstance(result.exception, GpuLost) and "CUDA failure 700" in str(result.exception)

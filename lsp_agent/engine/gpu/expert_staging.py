@@ -17,6 +17,8 @@ from lsp_agent.engine.gpu.operators import launch_node
 
 MARKING_BLOCKS, MARKING_WARPS = 64, 8
 GATHERING_BLOCKS, GATHERING_THREADS = 64, 512
+MOST_PARTS = 4
+"""Codes and scales of both projections."""
 
 
 class ExpertStaging:
@@ -65,7 +67,7 @@ class ExpertStaging:
 def mark_experts(experts: int, used: int) -> Launch:
     """Arguments: logits h [tokens, experts], their number int64; marks i32 [`MARKING_BLOCKS`, experts / 32], a bit
     for each expert."""
-    macros: dict[str, int | str] = {"EXPERTS": experts, "USED": used, "WARPS": MARKING_WARPS, "BLOCKS": MARKING_BLOCKS}
+    macros = {"EXPERTS": experts, "USED": used, "WARPS": MARKING_WARPS, "BLOCKS": MARKING_BLOCKS}
     block = (32 * MARKING_WARPS, 1, 1)
     return Launch("mark_experts", _macros(macros), (MARKING_BLOCKS, 1, 1), block)
 
@@ -75,18 +77,19 @@ def gather_experts(experts: int, addresses: int, columns: list[int], strides: li
     parts go that are in these columns of the table, `strides` bytes for each expert."""
     if any(stride % 16 for stride in strides):
         raise ValueError(f"experts whose parts have {strides} bytes: the kernel copies multiples of 16")
-    macros: dict[str, int | str] = {
+    macros = {
         "EXPERTS": experts,
         "ADDRESSES": addresses,
         "PARTS": len(columns),
-        "COLUMNS": ",".join(map(str, columns)),
-        "BYTES": ",".join(map(str, strides)),
         "MARKS": MARKING_BLOCKS,
     }
+    copied = list(zip(columns, strides, strict=True))
+    for index, (column, stride) in enumerate(copied + [(0, 0)] * (MOST_PARTS - len(copied))):
+        macros |= {f"COLUMN_{index}": column, f"BYTES_{index}": stride}
     return Launch("gather_experts", _macros(macros), (GATHERING_BLOCKS, 1, 1), (GATHERING_THREADS, 1, 1))
 
 
-def _macros(values: dict[str, int | str]) -> tuple[tuple[str, str], ...]:
+def _macros(values: dict[str, int]) -> tuple[tuple[str, str], ...]:
     return tuple((name, str(value)) for name, value in values.items())
 
 

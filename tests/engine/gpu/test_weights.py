@@ -13,6 +13,8 @@ from lsp_agent.engine.architectures import architecture
 from lsp_agent.engine.cuda_graph import CudaGraph
 from lsp_agent.engine.decoder import build_decoder
 from lsp_agent.engine.embedding import Embedding
+from lsp_agent.engine.gpu.expert_cache import state_type
+from lsp_agent.engine.gpu.expert_memory import FIELDS
 from lsp_agent.engine.gpu.expert_uses import load_uses, save_uses, uses_file
 from lsp_agent.engine.gpu.memory import HostMemory, Load, view
 from lsp_agent.engine.gpu.packing import pack_expert_codes
@@ -81,44 +83,41 @@ def test_the_table_leads_to_each_experts_arrays(package, scheme, where):
             np.testing.assert_array_equal(found, stored[expert].astype(dtype), err_msg=f"{field} of {expert}")
 
 
-def layer_cache(weights, count, parts):
-    """A layer's cache and its arrays as they are in memory."""
-    cache = weights.experts.cache(GATE_UP, DOWN)
-    shapes = {
-        "table": (count, parts), "home": (count, parts), "places": (cache.slots, parts), "slot_of": (count,),
-        "expert_in": (cache.slots,), "last_used": (cache.slots,), "clock": (1,), "uses": (count,),
-    }  # fmt: skip
-    wide = ("table", "home", "places")
-    return cache, {
-        name: at(getattr(cache, name), shape, np.int64 if name in wide else np.int32) for name, shape in shapes.items()
-    }
-
-
 @pytest.mark.parametrize("scheme", ["int4-asymmetric", "mxfp4"])
 def test_slots_begin_with_the_experts_that_were_routed_most(package, scheme, monkeypatch, tmp_path):
     monkeypatch.setenv("LSP_AGENT_CACHE_DIR", str(tmp_path))
     one = package(scheme)
     count, parts = one.weights[DOWN].count, 6 if scheme == "int4-asymmetric" else 4
-    first = DeviceWeights(one, HostMemory(), Placement("hybrid", 5))
-    cache, arrays = layer_cache(first, count, parts)
-    assert cache.slots == 5 and list(arrays["expert_in"]) == [0, 1, 2, 3, 4]
-    assert first.expert_table(GATE_UP, DOWN) == cache.table
-    arrays["uses"][[7, 30, 2]] = 3, 9, 1
+
+    def load():
+        weights = DeviceWeights(one, HostMemory(), Placement("hybrid", 5))
+        cache = weights.experts.cache(GATE_UP, DOWN)
+        assert cache.slots == 5 and weights.expert_table(GATE_UP, DOWN) == cache.table
+        kind = state_type(count, 5)
+        return weights, cache, at(cache.state, (kind.itemsize,), np.uint8).view(kind)[0]
+
+    first, _, state = load()
+    assert list(state["expert_in"]) == [0, 1, 2, 3, 4]
+    state["uses"][[7, 30, 2]], state["hits"], state["misses"] = (3, 9, 1), 10, 3
+    counts = first.experts.counts()
+    assert (counts.hits, counts.misses) == (10, 3) and counts.uses[GATE_UP][30] == 9
     first.close()
     save_uses(one, {"blk.0.experts_gate_up": np.arange(count + 9)})  # of another model: it counts for nothing
-    again = DeviceWeights(one, HostMemory(), Placement("hybrid", 5))
-    cache, arrays = layer_cache(again, count, parts)
-    assert list(arrays["expert_in"]) == [30, 7, 2, 0, 1]
-    assert arrays["slot_of"][30] == 0 and arrays["slot_of"][7] == 1 and arrays["slot_of"][5] == -1
-    for slot, expert in enumerate(arrays["expert_in"]):
-        np.testing.assert_array_equal(arrays["table"][expert], arrays["places"][slot])
-        for part, stride in enumerate(cache.strides):
-            wanted = view(int(arrays["home"][expert, part]), stride)
+    again, cache, state = load()
+    assert list(state["expert_in"]) == [30, 7, 2, 0, 1] and not state["uses"].any()
+    table, home = (at(address, (count, parts), np.int64) for address in (cache.table, cache.home))
+    places = at(cache.places, (5, parts), np.int64)
+    strides = [again.experts.tensors[f"{name}.{field}"].stride for name in (GATE_UP, DOWN) for field in FIELDS[:2]]
+    strides += [again.experts.tensors[f"{name}.zero_points"].stride for name in (GATE_UP, DOWN)] if parts == 6 else []
+    for slot, expert in enumerate(state["expert_in"]):
+        np.testing.assert_array_equal(table[expert], places[slot])
+        for part, stride in enumerate(strides):
+            wanted = view(int(home[expert, part]), stride)
             assert wanted.any()
-            np.testing.assert_array_equal(view(int(arrays["places"][slot, part]), stride), wanted)
-    others = arrays["slot_of"] == -1
-    np.testing.assert_array_equal(arrays["table"][others], arrays["home"][others])
-    assert not arrays["uses"].any() and not arrays["last_used"].any() and not arrays["clock"].any()
+            np.testing.assert_array_equal(view(int(places[slot, part]), stride), wanted)
+    others = state["slot_of"] == -1
+    assert others.sum() == count - 5
+    np.testing.assert_array_equal(table[others], home[others])
 
 
 def test_counts_fade_and_damaged_files_count_for_nothing(package, monkeypatch, tmp_path):

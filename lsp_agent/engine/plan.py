@@ -12,7 +12,7 @@ from lsp_agent.engine.architecture import ModelConfig
 from lsp_agent.engine.decoder import HEAD
 from lsp_agent.engine.device import CudaDevice
 from lsp_agent.engine.gpu.placement import Placement
-from lsp_agent.engine.package import Experts, Extent, Linear, LinearPart, Rows, Weight
+from lsp_agent.engine.package import Experts, Extent, LinearPart, Rows, Weight
 
 RUNTIME_BYTES = 700_000_000
 """CUDA's context and libraries: 0.65 GB more than the weights were in use on an H100 after loading."""
@@ -20,9 +20,9 @@ WORKSPACE_BYTES = 600_000_000
 """Captured graphs, logits and the step graphs' buffers, whatever the prompt."""
 WORKSPACE_FACTOR = 2.0
 """ONNX Runtime's arena over the activations that are alive at once."""
-PREFILL_SCALE_BYTES = 2
-"""ONNX Runtime's kernels for prompts keep every scale of the experts once more in 16 bits, transposed (int4) or widened
-(MXFP4: 4.8 GB of an 80B model on an H100), in GPU memory wherever the experts are."""
+PACKED_SCALE_BYTES = 2
+"""ONNX Runtime's kernels for prompts read integer experts' scales in a layout of their own, packed when a session is
+made: a copy, and one for zero points. Not of MXFP4, and not where experts are fetched for each prompt."""
 PARALLEL_CONTEXT = 8192
 """Tokens of each answer of several and its prompt: room for all of them at the longest would be paid for always."""
 TRANSIENT_RING = 2
@@ -57,10 +57,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a model's parts. By block: dense matrices, all experts with their scales, what prompts need besides.
+    """Bytes of a model's parts. By block: dense matrices, all experts with their scales.
 
-    `a_token`: keys and values of one token; `recurrent`: one buffer of a sequence's recurrent states.
-    `activations`: of a token of a prompt.
+    Of what prompts need besides: `packed_scales` where experts are resident and elsewhere, and `staging`, room for the
+    experts of one block, into which they are fetched from main memory. `a_token`: keys and values of one token;
+    `recurrent`: one buffer of a sequence's recurrent states; `activations`: of a token of a prompt.
     """
 
     config: ModelConfig
@@ -68,7 +69,8 @@ class Sizes:
     head: int
     dense: dict[int, int]
     experts: dict[int, int]
-    prefill_scales: int
+    packed_scales: tuple[int, int]
+    staging: int
     a_token: int
     recurrent: int
     activations: int
@@ -125,7 +127,8 @@ def make_plan(model: Model | Sizes, context: int, placement: Placement | None = 
         items.append(Item(what, sum(sizes.dense[index] for index in of), "gpu", tuple(of)))
     items.append(Item("output matrix", sizes.head, "gpu"))
     items += _experts(sizes, where)
-    items.append(Item("experts' scales for prompts", sizes.prefill_scales, "gpu", tuple(sizes.experts)))
+    packed = sizes.packed_scales[where.kind != "resident"]
+    items.append(Item("experts' scales for prompts", packed, "gpu", tuple(sizes.experts)))
     running, kept = sizes.a_token * context, where.prompts
     ring = 1 + CudaDevice.history
     items += [
@@ -151,35 +154,54 @@ def _experts(sizes: Sizes, where: Placement) -> list[Item]:
     return [
         Item(f"experts, {where.slots} of {count} a layer", slots, "gpu", every),
         Item(f"experts, {count} a layer", total, "pinned", every),
+        Item("experts of a layer for prompts", sizes.staging, "gpu"),
     ]
 
 
 def sizes_of(model: Model) -> Sizes:
     """Add up a model's parts, as they lie in memory: scales in 16 bits, codes as they are stored."""
     config = model.config
-    embedding = head = scales = 0
+    embedding = head = 0
     dense = dict.fromkeys(range(config.layers), 0)
     experts: dict[int, int] = {}
+    staged: dict[int, int] = {}
+    packed = [0, 0]
     for name, weight in model.weights.items():
-        index = int(name.split(".")[1]) if name.startswith("blk.") else None
+        index = int(name.split(".")[1]) if name.startswith("blk.") else config.layers - 1  # the last norm
         if isinstance(weight, Rows):
             embedding += weight.blocks.nbytes
         elif isinstance(weight, Experts):
-            assert index is not None
             experts[index] = experts.get(index, 0) + _part_bytes(weight.part)
-            if weight.part.scales is not None:
-                scales += PREFILL_SCALE_BYTES * int(np.prod(weight.part.scales.shape, dtype=np.int64))
+            resident, elsewhere, staging = _for_prompts(weight.part)
+            packed = [packed[0] + resident, packed[1] + elsewhere]
+            staged[index] = staged.get(index, 0) + staging
+        elif isinstance(weight, Extent):
+            dense[index] += _extent_bytes(weight)
+        elif name == HEAD:
+            head += sum(map(_part_bytes, weight.parts))
         else:
-            parts = weight.parts if isinstance(weight, Linear) else ()
-            size = _extent_bytes(weight) if isinstance(weight, Extent) else sum(map(_part_bytes, parts))
-            if index is not None:
-                dense[index] += size
-            elif name == HEAD:
-                head += size
-            else:
-                dense[config.layers - 1] += size  # the last norm
-    a_token, recurrent = state_bytes(config)
-    return Sizes(config, embedding, head, dense, experts, scales, a_token, recurrent, _activations(config))
+            dense[index] += sum(map(_part_bytes, weight.parts))
+    return Sizes(
+        config,
+        embedding,
+        head,
+        dense,
+        experts,
+        (packed[0], packed[1]),
+        max(staged.values(), default=0),
+        *state_bytes(config),
+        _activations(config),
+    )
+
+
+def _for_prompts(part: LinearPart) -> tuple[int, int, int]:
+    """Packed scales of resident experts and of others, and what is fetched of others."""
+    if part.format is None or part.scales is None or part.codes is None:
+        return 0, 0, 0
+    scales = int(np.prod(part.scales.shape, dtype=np.int64))
+    if part.format.asymmetric:
+        return 2 * PACKED_SCALE_BYTES * scales, 2 * PACKED_SCALE_BYTES * scales, part.codes.nbytes
+    return PACKED_SCALE_BYTES * scales * (part.format.element == "int"), 0, _part_bytes(part)
 
 
 def _extent_bytes(extent: Extent) -> int:

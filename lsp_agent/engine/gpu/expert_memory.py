@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lsp_agent.engine.gpu.expert_cache import initial_state, initial_table, state_type
 from lsp_agent.engine.gpu.memory import Change, Load, Memory, Where, loaded_bytes
 from lsp_agent.engine.gpu.placement import Placement
 from lsp_agent.engine.package import Experts, Package
 
 FIELDS = ("codes", "scales", "zero_points")
-EMPTY = -1
-"""No expert, or no slot."""
 
 
 @dataclass(frozen=True)
@@ -31,28 +30,28 @@ class ExpertTensor:
 
 @dataclass(frozen=True)
 class ExpertCache:
-    """Device addresses of a layer's arrays by which kernels keep the experts of late in `slots` of the GPU's memory.
+    """A layer's cache of experts in `slots` of the GPU's memory, by the device addresses that `expert_cache` wants.
 
-    `strides`: bytes of each part of an expert. `table` int64 [experts, parts]: where each expert's parts lie now, see
-    `ExpertMemory.table`. `home` int64 [experts, parts]: where they lie in main memory, always. `places` int64 [slots,
-    parts]: where they lie in each slot. `slot_of` int32 [experts]: the slot of each expert, or -1. `expert_in` int32
-    [slots]: the expert in each. `last_used` int32 [slots]: the value of `clock` (int32 [1]) when it was used last; both
-    are 0 at first. `uses` int32 [experts]: how often each was routed since the model was loaded.
-
-    Who fills slot s with expert e copies `strides` bytes of each part, sets the table's row of e to that of s in
-    `places`, and the row of the expert that is displaced to its row in `home`.
+    `table` int64 [experts, parts]: where each expert's parts lie now, see `ExpertMemory.table`; `home`: where they lie
+    in main memory, always. `places` int64 [slots, parts]: where they lie in each slot. `state`: see
+    `expert_cache.state_type`.
     """
 
     slots: int
-    strides: tuple[int, ...]
     table: int
     home: int
     places: int
-    slot_of: int
-    expert_in: int
-    last_used: int
-    clock: int
-    uses: int
+    state: int
+
+
+@dataclass(frozen=True)
+class CacheCounts:
+    """Experts that tokens used and found in a slot (`hits`) or not; how often each was used, [experts] by the name of
+    gate and up."""
+
+    hits: int
+    misses: int
+    uses: dict[str, np.ndarray]
 
 
 class ExpertMemory:
@@ -125,19 +124,25 @@ class ExpertMemory:
             for slot, expert in enumerate(hottest)
         ]
         self._memory.copy(copies)
-        table, slot_of = home.copy(), np.full(count, EMPTY, np.int32)
-        table[hottest], slot_of[hottest] = places, np.arange(len(places), dtype=np.int32)
-        zeros = [np.zeros(size, np.int32) for size in (len(places), 1, count)]
-        known = (table, home, places, slot_of, hottest.astype(np.int32), *zeros)
-        addresses = [self._memory.store(array) for array in known]
-        return ExpertCache(len(places), tuple(tensor.stride for tensor in homes), *addresses)
+        state = initial_state(count, len(places), hottest.tolist())
+        addresses = [
+            self._memory.store(array)
+            for array in (initial_table(state, home, places), home, places, state.view(np.uint8))
+        ]
+        return ExpertCache(len(places), *addresses)
 
-    def uses(self) -> dict[str, np.ndarray]:
-        """How often each expert was routed since the model was loaded, int32 [experts], by the name of gate and up."""
-        return {
-            name: self._memory.read(cache.uses, 4 * self._counts[name]).view(np.int32)
-            for name, cache in self._caches.items()
-        }
+    def counts(self) -> CacheCounts:
+        """What all caches have seen since the model was loaded."""
+        states = [self._state(name) for name in self._caches]
+        uses = {name: state["uses"] for name, state in zip(self._caches, states, strict=True)}
+        hits, misses = (sum(int(state[field]) for state in states) for field in ("hits", "misses"))
+        return CacheCounts(hits, misses, uses)
+
+    def _state(self, name: str) -> np.void:
+        cache = self._caches[name]
+        kind = state_type(self._counts[name], cache.slots)
+        values: np.void = self._memory.read(cache.state, kind.itemsize).view(kind)[0]
+        return values
 
     @staticmethod
     def _places(parts: list[ExpertTensor], count: int) -> np.ndarray:

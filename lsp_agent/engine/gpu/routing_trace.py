@@ -13,6 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lsp_agent.engine.gpu.launch import Launch
+
+APART = 101
+"""By how many tokens the sequences of a batch are apart in a trace."""
+THREADS = 256
 WINDOW = 8
 """Tokens within which an expert counts as reused."""
 
@@ -54,6 +59,21 @@ def make_trace(
         trace[token] = np.take_along_axis(picked, random.random((layers, used)).argsort(1), 1)
         last[rows, picked] = token
     return trace
+
+
+def follow_trace(batch: int, experts: int, stride: int, tokens: int) -> Launch:
+    """Router logits of a trace in the place of the router's own. Arguments: r f32 [batch, stride], the router's logits
+    first, lengths i32 [batch]; the same as r but for the logits; the trace's logits f32 [tokens, experts]."""
+    macros = {
+        "BATCH": batch,
+        "EXPERTS": experts,
+        "R_STRIDE": stride,
+        "TOKENS": tokens,
+        "APART": APART,
+        "THREADS": THREADS,
+    }
+    described = tuple((name, str(value)) for name, value in macros.items())
+    return Launch("follow_trace", described, (batch, 1, 1), (THREADS, 1, 1))
 
 
 def _lowest(keys: np.ndarray, of: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -58,7 +58,6 @@ class GpuRuntime:
         register(options, cuda_launcher())
         self._shared = self._weights.share(model, options, "cuda", staging)  # the session reads it without owning it
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=device.providers({}))
-        self._compiler = CudaCompiler()
         self._trace: DeviceTrace | None = None
         self.steps: StepRunner | None = StepRunner(device, package.config.vocabulary, MOST_STEPS, self._step_session)
         try:

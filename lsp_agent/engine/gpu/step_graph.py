@@ -7,36 +7,22 @@ takes six or seven a block. Every node is an operator of `operators`, shapes are
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from lsp_agent.engine.architecture import ModelConfig
+from lsp_agent.engine.architecture import Layer
 from lsp_agent.engine.architectures import architecture
 from lsp_agent.engine.decoder import HEAD
 from lsp_agent.engine.delta_net import GatedDeltaNet
-from lsp_agent.engine.gpu import expert_kernels, projection, sequence_kernels
-from lsp_agent.engine.gpu.compiler import KernelCompiler
+from lsp_agent.engine.gpu import expert_cache, expert_kernels, projection, routing_trace, sequence_kernels
 from lsp_agent.engine.gpu.expert_kernels import ExpertForm, ExpertSizes, SharedExpert
-from lsp_agent.engine.gpu.launch import Launch
-from lsp_agent.engine.gpu.operators import DOMAIN, Output, launch_node
-from lsp_agent.engine.gpu.projection import Norm, Prologue, Segment
-from lsp_agent.engine.gpu.weights import DeviceWeights
-from lsp_agent.engine.graph import IR_VERSION, OPSET
+from lsp_agent.engine.gpu.step_builder import CANDIDATES, NoKernel, Result, StepBuilder
 from lsp_agent.engine.layers import Attention, DenseMlp
 from lsp_agent.engine.moe import SHARED, MoeMlp
-from lsp_agent.engine.package import Experts, Extent, Linear, Package
+from lsp_agent.engine.package import Experts
 from lsp_agent.engine.rotary import rotary_tables
-from lsp_agent.engine.state import StateSpec
 
-Result = tuple[str, int]
-"""An output's type, `h`, `f` or `i`, and its elements for each sequence."""
-
-
-CANDIDATES = 64
-"""Tokens whose logits a step hands over; the others stay on the GPU until they are asked for."""
 EMBEDDING_TYPES: dict[str, Literal["float16", "bfloat16", "float32"]] = {
     "f16": "float16",
     "bf16": "bfloat16",
@@ -44,287 +30,165 @@ EMBEDDING_TYPES: dict[str, Literal["float16", "bfloat16", "float32"]] = {
 }
 
 
-class NoKernel(Exception):  # noqa: N818 - said as it is
-    """The decode kernels do not cover this model; the message says what of it."""
-
-
-class StepGraph:
-    """The decode graph of `batch` sequences.
-
-    Inputs: `ids` [batch, 1] int64, `lengths` [batch] int32 (the new token's index), `control` [4] int32 (present buffer
-    of the rings, capacity of keys and values, size of the rings, 0), and the states by their `past` names, rings
-    [size, batch, ...], which are changed in place. Outputs: `logits` [batch, vocabulary], and of the best
-    `CANDIDATES` tokens `values` and `tokens` [batch, CANDIDATES], and `log_sum_exp` [batch, 1]. Raises `NoKernel`.
-    """
-
-    def __init__(
-        self,
-        package: Package,
-        states: Sequence[StateSpec],
-        weights: DeviceWeights,
-        compiler: KernelCompiler,
-        batch: int,
-        context: int,
-    ) -> None:
-        self._package, self._weights, self._compiler = package, weights, compiler
-        self._config: ModelConfig = package.config
-        self._batch, self._context = batch, context
-        self._nodes: list[NodeProto] = []
-        types = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
-        self._inputs = [
-            helper.make_tensor_value_info("ids", TensorProto.INT64, [batch, 1]),
-            helper.make_tensor_value_info("lengths", TensorProto.INT32, [batch]),
-            helper.make_tensor_value_info("control", TensorProto.INT32, [4]),
-        ]
-        for spec in states:
-            heads = [batch, spec.shape[0], "capacity", *spec.shape[1:]]
-            shape = heads if spec.growing else ["ring", batch, *spec.shape]
-            self._inputs.append(helper.make_tensor_value_info(spec.past, types[spec.dtype], shape))
-        try:
-            self._build()
-        except ValueError as error:
-            raise NoKernel(str(error)) from error
-
-    def _build(self) -> None:
-        config, batch = self._config, self._batch
-        table, kind = self._weights.embedding()
+def build_step(graph: StepBuilder) -> None:
+    """Append a whole step; raises `NoKernel`."""
+    config, batch = graph.config, graph.batch
+    table, kind = graph.weights.embedding()
+    try:
         embed = projection.embed(config.hidden, batch, EMBEDDING_TYPES[kind])
-        (residual,) = self._launch(embed, ["ids"], [("h", config.hidden)], [table])
+        (residual,) = graph.launch(embed, ["ids"], [("h", config.hidden)], [table])
         delta = ""
         for index in range(config.layers):
-            block, prefix = architecture(config.architecture).block(config, index), f"blk.{index}"
-            if isinstance(block.mixer, Attention):
-                residual, delta = self._attention(block.mixer, prefix, residual, delta)
-            elif isinstance(block.mixer, GatedDeltaNet):
-                residual, delta = self._delta_net(prefix, residual, delta)
-            else:
-                raise NoKernel(type(block.mixer).__name__)
-            if isinstance(block.mlp, MoeMlp):
-                residual, delta = self._mixture(block.mlp, prefix, residual, delta)
-            elif isinstance(block.mlp, DenseMlp):
-                residual, delta = self._mlp(block.mlp, prefix, residual, delta)
-            else:
-                raise NoKernel(type(block.mlp).__name__)
-        logits, _, _ = self._normed(residual, delta, "output_norm", [HEAD], name="logits")
-        self._candidates(logits)
+            block = architecture(config.architecture).block(config, index)
+            for layer in (block.mixer, block.mlp):
+                residual, delta = _layer(graph, layer, f"blk.{index}", residual, delta)
+        logits, _, _ = graph.normed(residual, delta, "output_norm", [HEAD], name="logits")
+        _candidates(graph, logits)
+    except ValueError as error:  # sizes that a kernel does not cover
+        raise NoKernel(str(error)) from error
 
-    def _candidates(self, logits: str) -> None:
-        """The outputs beside the logits."""
-        vocabulary, batch = self._config.vocabulary, self._batch
-        _, *scratch = projection.candidates_scratch(vocabulary, batch, CANDIDATES)
-        results: list[Result] = [("f", CANDIDATES), ("i", CANDIDATES), ("f", 1), ("f", math.prod(scratch))]
-        launch = projection.candidates(vocabulary, batch, CANDIDATES)
-        names = ["values", "tokens", "log_sum_exp"]
-        self._launch(launch, [logits], results, [self._counters(batch)], names)
 
-    # Layers: `residual` and what is to be added to it in, the same out.
+def _layer(graph: StepBuilder, layer: Layer, prefix: str, residual: str, delta: str) -> tuple[str, str]:
+    """A layer on `residual` plus `delta`: that sum, and what is to be added to it."""
+    match layer:
+        case Attention():
+            return _attention(graph, layer, prefix, residual, delta)
+        case GatedDeltaNet():
+            return _delta_net(graph, prefix, residual, delta)
+        case MoeMlp():
+            return _mixture(graph, layer, prefix, residual, delta)
+        case DenseMlp():
+            return _mlp(graph, layer, prefix, residual, delta)
+    raise NoKernel(type(layer).__name__)
 
-    def _attention(self, layer: Attention, prefix: str, residual: str, delta: str) -> tuple[str, str]:
-        config = self._config
-        name = f"{prefix}.attn_qkv"
-        bias = f"{name}_bias" if layer.bias else None
-        packed, residual, _ = self._normed(residual, delta, f"{prefix}.attn_norm", [name], bias=bias)
-        width = config.heads * config.head_size
-        stride = self._rows([name])
-        kernel = sequence_kernels.attention_step(
-            self._batch,
-            config.heads,
-            config.kv_heads,
-            config.head_size,
-            config.rotary_size,
-            stride,
-            layer.gate,
-            config.rms_epsilon if layer.qk_norm else None,
+
+def _candidates(graph: StepBuilder, logits: str) -> None:
+    """The outputs beside the logits."""
+    vocabulary, batch = graph.config.vocabulary, graph.batch
+    _, *scratch = projection.candidates_scratch(vocabulary, batch, CANDIDATES)
+    results: list[Result] = [("f", CANDIDATES), ("i", CANDIDATES), ("f", 1), ("f", math.prod(scratch))]
+    launch = projection.candidates(vocabulary, batch, CANDIDATES)
+    names = ["values", "tokens", "log_sum_exp"]
+    graph.launch(launch, [logits], results, [graph.counters(batch)], names)
+
+
+def _attention(graph: StepBuilder, layer: Attention, prefix: str, residual: str, delta: str) -> tuple[str, str]:
+    config = graph.config
+    name = f"{prefix}.attn_qkv"
+    bias = f"{name}_bias" if layer.bias else None
+    packed, residual, _ = graph.normed(residual, delta, f"{prefix}.attn_norm", [name], bias=bias)
+    width = config.heads * config.head_size
+    stride = graph.rows([name])
+    kernel = sequence_kernels.attention_step(
+        graph.batch,
+        config.heads,
+        config.kv_heads,
+        config.head_size,
+        config.rotary_size,
+        stride,
+        layer.gate,
+        config.rms_epsilon if layer.qk_norm else None,
+    )
+    norms = [graph.vector(f"{prefix}.attn_{part}_norm") if layer.qk_norm else 0 for part in "qk"]
+    tables = rotary_tables(config, graph.context)
+    rotary = [
+        graph.weights.constant(f"rotary.{part}", table.astype(np.float16))
+        for part, table in zip(("cos", "sin"), tables, strict=True)
+    ]
+    caches = [f"past.{prefix}.{part}" for part in ("key", "value")]
+    attended, _ = graph.launch(
+        kernel.launch,
+        [packed, *caches, "lengths", "control"],
+        [("f", width), ("f", -(-kernel.scratch // graph.batch))],
+        [*norms, *rotary, graph.counters(kernel.counters)],
+    )
+    output = f"{prefix}.attn_output"
+    bias = f"{output}_bias" if layer.output_bias else None
+    if layer.gate:
+        return residual, graph.projected(
+            projection.Gate(config.head_size, stride), [attended, packed], output, bias=bias
         )
-        norms = [self._vector(f"{prefix}.attn_{part}_norm") if layer.qk_norm else 0 for part in "qk"]
-        tables = rotary_tables(config, self._context)
-        rotary = [
-            self._weights.constant(f"rotary.{part}", table.astype(np.float16))
-            for part, table in zip(("cos", "sin"), tables, strict=True)
-        ]
-        caches = [f"past.{prefix}.{part}" for part in ("key", "value")]
-        attended, _ = self._launch(
-            kernel.launch,
-            [packed, *caches, "lengths", "control"],
-            [("f", width), ("f", -(-kernel.scratch // self._batch))],
-            [*norms, *rotary, self._counters(kernel.counters)],
-        )
-        output = f"{prefix}.attn_output"
-        bias = f"{output}_bias" if layer.output_bias else None
-        if layer.gate:
-            return residual, self._projected(
-                projection.Gate(config.head_size, stride), [attended, packed], output, bias=bias
-            )
-        return residual, self._projected(projection.Plain(), [attended], output, bias=bias)
+    return residual, graph.projected(projection.Plain(), [attended], output, bias=bias)
 
-    def _delta_net(self, prefix: str, residual: str, delta: str) -> tuple[str, str]:
-        linear = self._config.linear_attention
-        assert linear is not None
-        names = [f"{prefix}.ssm_qkvz", f"{prefix}.ssm_ba"]
-        packed, residual, _ = self._normed(residual, delta, f"{prefix}.attn_norm", names)
-        stride, width = self._rows(names), linear.value_heads * linear.value_size
-        kernel = sequence_kernels.delta_step(self._batch, linear, stride)
-        pointers = [self._vector(f"{prefix}.{name}") for name in ("ssm_conv1d", "ssm_a", "ssm_dt")]
-        (attended,) = self._launch(
-            kernel.launch,
-            [packed, f"past.{prefix}.conv", f"past.{prefix}.delta", "control"],
-            [("f", width)],
-            [*pointers, self._counters(kernel.counters)],
-        )
-        offset = 2 * linear.key_heads * linear.key_size + width
-        prologue = projection.GatedNorm(self._config.rms_epsilon, linear.value_size, stride, offset)
-        norm = self._vector(f"{prefix}.ssm_norm")
-        return residual, self._projected(prologue, [attended, packed], f"{prefix}.ssm_out", norm)
 
-    def _mlp(self, layer: DenseMlp, prefix: str, residual: str, delta: str) -> tuple[str, str]:
-        names = [f"{prefix}.ffn_{part}{layer.suffix}" for part in ("gate", "up", "down")]
-        packed, residual, _ = self._normed(residual, delta, f"{prefix}.ffn_norm", names[:2])
-        return residual, self._projected(projection.Swiglu(), [packed], names[2])
+def _delta_net(graph: StepBuilder, prefix: str, residual: str, delta: str) -> tuple[str, str]:
+    linear = graph.config.linear_attention
+    assert linear is not None
+    names = [f"{prefix}.ssm_qkvz", f"{prefix}.ssm_ba"]
+    packed, residual, _ = graph.normed(residual, delta, f"{prefix}.attn_norm", names)
+    stride, width = graph.rows(names), linear.value_heads * linear.value_size
+    kernel = sequence_kernels.delta_step(graph.batch, linear, stride)
+    pointers = [graph.vector(f"{prefix}.{name}") for name in ("ssm_conv1d", "ssm_a", "ssm_dt")]
+    (attended,) = graph.launch(
+        kernel.launch,
+        [packed, f"past.{prefix}.conv", f"past.{prefix}.delta", "control"],
+        [("f", width)],
+        [*pointers, graph.counters(kernel.counters)],
+    )
+    offset = 2 * linear.key_heads * linear.key_size + width
+    prologue = projection.GatedNorm(graph.config.rms_epsilon, linear.value_size, stride, offset)
+    norm = graph.vector(f"{prefix}.ssm_norm")
+    return residual, graph.projected(prologue, [attended, packed], f"{prefix}.ssm_out", norm)
 
-    def _mixture(self, layer: MoeMlp, prefix: str, residual: str, delta: str) -> tuple[str, str]:
-        sizes = ExpertSizes(layer.experts.count, layer.experts.used, self._config.hidden, layer.experts.intermediate)
-        router, gate_up, down = (f"{prefix}.{name}" for name in ("ffn_gate_inp", "experts_gate_up", "experts_down"))
-        linears, shared = [router], None
-        shared_down: list[int] = [0, 0, 0]
-        if layer.shared:
-            linears += [f"{router}{SHARED}", *(f"{prefix}.ffn_{part}{SHARED}" for part in ("gate", "up"))]
-            (segment, *others), _, shared_down = self._segments([f"{prefix}.ffn_down{SHARED}"])
-            if others:
-                raise NoKernel(f"{prefix}.ffn_down{SHARED} has parts of several formats")
-            shared = SharedExpert(segment, layer.experts.shared_intermediate, sizes.count + 1, sizes.count)
-        r, residual, normed = self._normed(residual, delta, f"{prefix}.ffn_norm", linears, normed=True)
-        stride, form, batch = self._rows(linears), self._expert_form(gate_up, down), self._batch
-        table = self._weights.expert_table(gate_up, down)
-        used, width = sizes.used, sizes.width
+
+def _mlp(graph: StepBuilder, layer: DenseMlp, prefix: str, residual: str, delta: str) -> tuple[str, str]:
+    names = [f"{prefix}.ffn_{part}{layer.suffix}" for part in ("gate", "up", "down")]
+    packed, residual, _ = graph.normed(residual, delta, f"{prefix}.ffn_norm", names[:2])
+    return residual, graph.projected(projection.Swiglu(), [packed], names[2])
+
+
+def _mixture(graph: StepBuilder, layer: MoeMlp, prefix: str, residual: str, delta: str) -> tuple[str, str]:
+    sizes = ExpertSizes(layer.experts.count, layer.experts.used, graph.config.hidden, layer.experts.intermediate)
+    router, gate_up, down = (f"{prefix}.{name}" for name in ("ffn_gate_inp", "experts_gate_up", "experts_down"))
+    linears, shared = [router], None
+    shared_down: list[int] = [0, 0, 0]
+    if layer.shared:
+        linears += [f"{router}{SHARED}", *(f"{prefix}.ffn_{part}{SHARED}" for part in ("gate", "up"))]
+        (segment, *others), _, shared_down = graph.segments([f"{prefix}.ffn_down{SHARED}"])
+        if others:
+            raise NoKernel(f"{prefix}.ffn_down{SHARED} has parts of several formats")
+        shared = SharedExpert(segment, layer.experts.shared_intermediate, sizes.count + 1, sizes.count)
+    r, residual, normed = graph.normed(residual, delta, f"{prefix}.ffn_norm", linears, normed=True)
+    stride, form, batch = graph.rows(linears), _expert_form(graph, gate_up, down), graph.batch
+    r = _follow_trace(graph, r, prefix, stride)
+    table = graph.weights.expert_table(gate_up, down)
+    used, width = sizes.used, sizes.width
+    results: list[Result] = [("i", used), ("f", used)]
+    if cache := graph.weights.experts.cache(gate_up, down):
+        route = expert_cache.cache_route(batch, sizes, form, stride, layer.experts.normalise, cache.slots)
+        results.append(("i", 2 * used + 1))  # rounded up: of all sequences together it is one more than twice these
+        pointers = [cache.state, cache.home, cache.places, cache.table]
+        experts, weights, copies = graph.launch(route, [r], results, pointers)
+        fetch = expert_cache.cache_fetch(batch, sizes, form)
+        (experts,) = graph.launch(fetch, [experts, copies], [("i", used)], [cache.home, cache.places])
+    else:
         route = expert_kernels.route(batch, sizes, stride, layer.experts.normalise)
-        experts, weights = self._launch(route, [r], [("i", used), ("f", used)], [])
-        up = expert_kernels.experts_up(batch, sizes, form)
-        (activations,) = self._launch(up.launch, [normed, experts], [("h", used * width)], [table])
-        kernel = expert_kernels.experts_down(batch, sizes, form, stride, shared)
-        results: list[Result] = [("h", sizes.hidden)]
-        if kernel.scratch:
-            results.append(("f", -(-kernel.scratch // batch)))
-        counters = [self._counters(kernel.counters)] if kernel.counters else []
-        inputs = [activations, experts, weights, r if shared else ""]
-        delta, *_ = self._launch(kernel.launch, inputs, results, [table, *counters, *shared_down])
-        return residual, delta
+        experts, weights = graph.launch(route, [r], results, [])
+    up = expert_kernels.experts_up(batch, sizes, form)
+    (activations,) = graph.launch(up.launch, [normed, experts], [("h", used * width)], [table])
+    kernel = expert_kernels.experts_down(batch, sizes, form, stride, shared)
+    results = [("h", sizes.hidden)]
+    if kernel.scratch:
+        results.append(("f", -(-kernel.scratch // batch)))
+    counters = [graph.counters(kernel.counters)] if kernel.counters else []
+    inputs = [activations, experts, weights, r if shared else ""]
+    delta, *_ = graph.launch(kernel.launch, inputs, results, [table, *counters, *shared_down])
+    return residual, delta
 
-    def _expert_form(self, gate_up: str, down: str) -> ExpertForm:
-        first, second = (self._package.weights[name] for name in (gate_up, down))
-        assert isinstance(first, Experts) and isinstance(second, Experts)
-        form = first.part.format
-        if form is None or second.part.format != form or form.corrected:
-            raise NoKernel(f"{gate_up} in a format that the kernels do not read")
-        return ExpertForm(form.element, form.bits, form.block, form.asymmetric)
 
-    # Pieces.
+def _follow_trace(graph: StepBuilder, r: str, prefix: str, stride: int) -> str:
+    """The router's results, with logits from the trace if there is one."""
+    if graph.trace is None:
+        return r
+    assert graph.config.experts is not None
+    launch = routing_trace.follow_trace(graph.batch, graph.config.experts.count, stride, graph.trace.tokens)
+    return graph.launch(launch, [r, "lengths"], [("f", stride)], [graph.trace.layers[prefix]])[0]
 
-    def _normed(
-        self,
-        residual: str,
-        delta: str,
-        norm: str,
-        linears: Sequence[str],
-        bias: str | None = None,
-        normed: bool = False,
-        name: str | None = None,
-    ) -> tuple[str, str, str]:
-        """The linears of the norm of `residual` plus `delta`; that sum; and, if `normed`, the norm itself."""
-        hidden = self._config.hidden
-        prologue = Norm(self._config.rms_epsilon, bool(delta), normed)
-        more: list[Result] = [("h", hidden)] * (bool(delta) + normed)
-        inputs = [residual, delta] if delta else [residual]
-        packed, *others = self._project(prologue, inputs, linears, self._vector(norm), bias, more, name=name)
-        total = others.pop(0) if delta else residual
-        return packed, total, others[0] if normed else ""
 
-    def _projected(
-        self, prologue: Prologue, inputs: list[str], linear: str, norm: int = 0, bias: str | None = None
-    ) -> str:
-        """A linear's fp16 result."""
-        return self._project(prologue, inputs, [linear], norm, bias, half=True)[0]
-
-    def _project(
-        self,
-        prologue: Prologue,
-        inputs: list[str],
-        linears: Sequence[str],
-        norm: int = 0,
-        bias: str | None = None,
-        more: Sequence[Result] = (),
-        half: bool = False,
-        name: str | None = None,
-    ) -> list[str]:
-        segments, columns, pointers = self._segments(linears)
-        launch = projection.project(prologue, segments, columns, self._batch, out_half=half)
-        outputs: list[Result] = [("h" if half else "f", sum(segment.rows for segment in segments)), *more]
-        bias_pointer = self._vector(bias) if bias else 0
-        return self._launch(launch, inputs, outputs, [norm, *pointers, bias_pointer], [name] if name else [])
-
-    def _segments(self, linears: Sequence[str]) -> tuple[list[Segment], int, list[int]]:
-        """The matrices' segments, one for each of their parts, the columns of all, and the segments' pointers."""
-        segments, pointers, columns = [], [], 0
-        for name in linears:
-            weight = self._package.weights[name]
-            if isinstance(weight, Extent):  # [columns, rows] in fp32: the gate of a shared expert
-                segments.append(Segment(weight.shape[1], 16))
-                half = self._package.array(weight).astype(np.float16)
-                pointers += [self._weights.constant(f"{name}.half", half), 0, 0]
-                continue
-            assert isinstance(weight, Linear)
-            columns = weight.columns
-            for index, part in enumerate(weight.parts):
-                known = f"{name}.{index}"
-                if part.format is None:
-                    segments.append(Segment(part.rows, 16))
-                    pointers += [self._weights.address(known), 0, 0]
-                    continue
-                if part.corrections is not None or part.format.element != "int":
-                    raise NoKernel(f"{name} has corrections")
-                zero_points = part.zero_points is not None
-                segments.append(Segment(part.rows, part.format.bits, part.format.block, True, zero_points))
-                names = [f"{known}.codes", f"{known}.scales", *([f"{known}.zero_points"] if zero_points else [])]
-                pointers += [*map(self._weights.address, names), *([] if zero_points else [0])]
-        return segments, columns, pointers
-
-    def _rows(self, linears: Sequence[str]) -> int:
-        return sum(segment.rows for segment in self._segments(linears)[0])
-
-    def _vector(self, name: str) -> int:
-        return self._weights.address(name)
-
-    def _counters(self, count: int) -> int:
-        """Zeroed integers that the kernels leave at zero, the same ones for all: steps run one after another."""
-        return self._weights.constant(f"counters.{count}", np.zeros(count, np.int32))
-
-    def _launch(
-        self,
-        launch: Launch,
-        inputs: list[str],
-        results: Sequence[Result],
-        pointers: list[int],
-        called: Sequence[str] = (),
-    ) -> list[str]:
-        """Append a kernel; returns the names of its outputs [batch, elements], the first ones as they are `called`."""
-        count = len(self._nodes)
-        names = [*called, *(f"{launch.name}_{count}_{index}" for index in range(len(called), len(results)))]
-        outputs: list[Output] = [
-            (one, kind, (self._batch, size)) for one, (kind, size) in zip(names, results, strict=True)
-        ]
-        self._nodes.append(
-            launch_node(launch, self._compiler.function(launch), inputs, outputs, pointers, overlap=True)
-        )
-        return names
-
-    def model(self) -> ModelProto:
-        """The finished model."""
-        sizes = {"logits": self._config.vocabulary, "values": CANDIDATES, "tokens": CANDIDATES, "log_sum_exp": 1}
-        outputs = [
-            helper.make_tensor_value_info(
-                name, TensorProto.INT32 if name == "tokens" else TensorProto.FLOAT, [self._batch, size]
-            )
-            for name, size in sizes.items()
-        ]
-        graph = helper.make_graph(self._nodes, "step", self._inputs, outputs)
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+def _expert_form(graph: StepBuilder, gate_up: str, down: str) -> ExpertForm:
+    first, second = (graph.package.weights[name] for name in (gate_up, down))
+    assert isinstance(first, Experts) and isinstance(second, Experts)
+    form = first.part.format
+    if form is None or second.part.format != form or form.corrected:
+        raise NoKernel(f"{gate_up} in a format that the kernels do not read")
+    return ExpertForm(form.element, form.bits, form.block, form.asymmetric)

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from lsp_agent.engine.device import Array, Device, bind_input, bind_output
-from lsp_agent.engine.gpu.step_graph import CANDIDATES
+from lsp_agent.engine.gpu.step_builder import CANDIDATES
 from lsp_agent.engine.sampling import HostLogits, Logits
 from lsp_agent.engine.state import State
 

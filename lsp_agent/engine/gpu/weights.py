@@ -134,7 +134,7 @@ class DeviceWeights:
 
     def close(self) -> None:
         """Remember which experts were used most, and give the memory back."""
-        save_uses(self._package, self.experts.uses())
+        save_uses(self._package, self.experts.counts().uses)
         self._memory.close()
 
 

@@ -11,7 +11,9 @@ from lsp_agent.engine.decoder import build_decoder
 from lsp_agent.engine.device import CpuDevice
 from lsp_agent.engine.gpu.memory import HostMemory
 from lsp_agent.engine.gpu.operators import Launcher, register
-from lsp_agent.engine.gpu.step_graph import StepGraph
+from lsp_agent.engine.gpu.placement import Placement
+from lsp_agent.engine.gpu.step_builder import StepBuilder
+from lsp_agent.engine.gpu.step_graph import build_step
 from lsp_agent.engine.gpu.steps import StepRunner
 from lsp_agent.engine.gpu.weights import DeviceWeights
 from lsp_agent.engine.session import Decoder
@@ -24,16 +26,17 @@ CONTEXT = 64
 class EmulatedDecoder:
     """Steps of a package on the CPU's provider, and states for them."""
 
-    def __init__(self, package, kernels):
+    def __init__(self, package, kernels, placement=None):
         self.device, self._kernels, self._package = CpuDevice(), kernels, package
         graph = CudaGraph(package, CONTEXT)
         build_decoder(architecture(package.config.architecture), package.config, graph)
         self.states = graph.states
-        self.weights = DeviceWeights(package, HostMemory())
+        self.weights = DeviceWeights(package, HostMemory(), placement)
         self.steps = StepRunner(self.device, package.config.vocabulary, 8, self._session)
 
     def _session(self, batch):
-        graph = StepGraph(self._package, self.states, self.weights, self._kernels, batch, CONTEXT)
+        graph = StepBuilder(self._package, self.states, self.weights, self._kernels, batch, CONTEXT)
+        build_step(graph)
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         launcher = Launcher("CPUExecutionProvider", self._kernels.launcher, 0, self._kernels.error_string)
@@ -87,3 +90,15 @@ def test_a_dense_model_says_what_the_exact_graph_says(decoder, gpu_package, name
 def test_a_mixture_says_what_the_exact_graph_says(decoder, gpu_package, name, scheme):
     emulated = decoder(name, scheme)
     assert_close(emulated.read(TOKENS, emulated.new_state()), exact(gpu_package(name, scheme), TOKENS))
+
+
+@pytest.mark.parametrize("slots", [5, 40])
+def test_experts_in_slots_say_the_same(gpu_package, kernels, slots):
+    """With slots for few experts or for most."""
+    package = gpu_package("qwen3-next-top10", "int4")
+    emulated = EmulatedDecoder(package, kernels, Placement("hybrid", slots))
+    assert_close(emulated.read(TOKENS, emulated.new_state()), exact(package, TOKENS))
+    counts = emulated.weights.experts.counts()
+    used = package.config.experts.used * package.config.layers * len(TOKENS)
+    assert counts.hits + counts.misses == used == sum(uses.sum() for uses in counts.uses.values())
+    assert counts.hits and counts.misses

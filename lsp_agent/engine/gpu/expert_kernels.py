@@ -59,6 +59,15 @@ class SharedExpert:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """How experts are chosen from r, `stride` wide, which begins with the router's logits: the largest, ties to the lower
+    index. Their weights are a softmax over those chosen (`normalise`) or over all."""
+
+    stride: int
+    normalise: bool
+
+
+@dataclass(frozen=True)
 class ExpertTuning:
     """How the kernels spread their work; the results are the same up to rounding.
 
@@ -87,27 +96,30 @@ class ExpertKernel:
 
 
 def route(batch: int, sizes: ExpertSizes, stride: int, normalise: bool) -> Launch:
-    """The experts of each token. Arguments: r f32 [batch, stride], the router's logits first; experts i32 and weights
-    f32 [batch, used], the largest logit first, ties to the lower index. Weights are a softmax over those chosen
-    (`normalise`) or over all."""
-    if sizes.used > min(MOST_USED, sizes.count):
-        raise ValueError(f"{sizes.used} of {sizes.count} experts for a token: at most {MOST_USED}")
-    macros = {
-        "BATCH": batch,
-        "EXPERTS": sizes.count,
-        "USED": sizes.used,
-        "R_STRIDE": stride,
-        "NORMALISE": int(normalise),
-    }
+    """The experts of each token, see `Routing`. Arguments: r f32 [batch, stride]; experts i32 and weights f32 [batch,
+    used], the largest logit first."""
+    macros = {"BATCH": batch, "USED": sizes.used} | _routing(sizes, Routing(stride, normalise))
     return Launch("route", _macros(macros), (batch, 1, 1), (WARP, 1, 1))
 
 
-def experts_up(batch: int, sizes: ExpertSizes, form: ExpertForm, tuning: ExpertTuning | None = None) -> ExpertKernel:
-    """`silu(gate) * up` of the chosen experts. Arguments: normed h [batch, hidden], experts i32 [batch, used]; act h
-    [batch, used, width]; table i64 [count, form.addresses]. Rows of gate and up alternate, the gate first."""
+def experts_up(
+    batch: int,
+    sizes: ExpertSizes,
+    form: ExpertForm,
+    routing: Routing | None = None,
+    tuning: ExpertTuning | None = None,
+) -> ExpertKernel:
+    """`silu(gate) * up` of the chosen experts. Rows of gate and up alternate, the gate first.
+
+    Arguments: normed h [batch, hidden], experts i32 [batch, used]; act h [batch, used, width]; table i64 [count,
+    form.addresses]. With `routing` it does what `route` does as well, a launch less: normed, r; act, experts, weights;
+    table.
+    """
     tuning = tuning or ExpertTuning()
     _check(sizes, form)
-    macros = _common(batch, sizes, form)
+    macros = _common(batch, sizes, form) | {"ROUTED": int(routing is not None)}
+    if routing is not None:
+        macros |= _routing(sizes, routing)
     if form.element == "e2m1":
         rows = _part(2 * sizes.width, tuning.up_block, MXFP4_GROUP)
         threads = _threads(rows, sizes.hidden)
@@ -160,6 +172,13 @@ def experts_down(
     macros |= {"ROWS": per_warp, "WARPS": warps}
     grid = (sizes.hidden // (per_warp * warps), batch, 1)
     return ExpertKernel(Launch("experts_down", _macros(macros), grid, (warps * WARP, 1, 1), staged))
+
+
+def _routing(sizes: ExpertSizes, routing: Routing) -> dict[str, int]:
+    """What `kernels/routing.cuh` expects, but for USED."""
+    if sizes.used > min(MOST_USED, sizes.count):
+        raise ValueError(f"{sizes.used} of {sizes.count} experts for a token: at most {MOST_USED}")
+    return {"EXPERTS": sizes.count, "R_STRIDE": routing.stride, "NORMALISE": int(routing.normalise)}
 
 
 def _check(sizes: ExpertSizes, form: ExpertForm) -> None:

@@ -13,6 +13,7 @@ from lsp_agent.engine.gpu.expert_kernels import (
     ExpertForm,
     ExpertSizes,
     ExpertTuning,
+    Routing,
     SharedExpert,
     experts_down,
     experts_up,
@@ -60,7 +61,7 @@ def poison_others(mixture: Mixture, experts: np.ndarray) -> None:
 
 
 def run_up(kernels, mixture, normed, experts, tuning=None):
-    kernel = experts_up(len(normed), mixture.sizes, mixture.form, tuning)
+    kernel = experts_up(len(normed), mixture.sizes, mixture.form, tuning=tuning)
     act = np.full((*experts.shape, mixture.sizes.width), np.nan, np.float16)
     kernels.run(kernel.launch, normed, experts, act, mixture.table)
     return act
@@ -122,6 +123,22 @@ def test_gate_and_up(kernels, form):
     expected = mixture.activations(normed, experts)
     poison_others(mixture, experts)
     assert_close(run_up(kernels, mixture, normed, experts), expected)
+
+
+@pytest.mark.parametrize("form", ["int4", "mxfp4"])
+def test_gate_and_up_choose_themselves(kernels, form):
+    random = np.random.default_rng(6)
+    mixture = Mixture(random, SIZES, FORMS[form], None)
+    normed = random.normal(size=(2, SIZES.hidden)).astype(np.float16)
+    r = random.normal(size=(2, STRIDE)).astype(np.float32)
+    expected = choose(r[:, : SIZES.count], SIZES.used, True)
+    act = np.full((2, SIZES.used, SIZES.width), np.nan, np.float16)
+    experts, weights = np.full((2, SIZES.used), -1, np.int32), np.full((2, SIZES.used), np.nan, np.float32)
+    kernel = experts_up(2, SIZES, FORMS[form], Routing(STRIDE, True))
+    kernels.run(kernel.launch, normed, r, act, experts, weights, mixture.table)
+    np.testing.assert_array_equal(experts, expected[0])
+    np.testing.assert_allclose(weights, expected[1], rtol=1e-5)
+    assert_close(act, mixture.activations(normed, experts))
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

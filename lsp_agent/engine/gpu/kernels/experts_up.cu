@@ -4,9 +4,13 @@
 // asks for all of their codes at once and keeps the token's activations in registers.
 //
 // Macros: BATCH, USED, HIDDEN, WIDTH, BITS, BLOCK (columns of a scale), ZERO (with zero points), ADDRESSES (of an expert, in
-// `table`), ROWS (a multiple of INTERLEAVE), WARPS. Dynamic shared memory: the codes of a block.
+// `table`), ROWS (a multiple of INTERLEAVE), WARPS, ROUTED (1: it also
+// does what route does, with EXPERTS, R_STRIDE and NORMALISE). Dynamic shared memory: the codes of a block.
 
 #include "codes.cuh"
+#if ROUTED
+#include "routing.cuh"
+#endif
 
 #define COLUMNS HIDDEN
 #define CHUNKS (COLUMNS / CHUNK<BITS>)
@@ -26,14 +30,24 @@ static_assert(ROWS % INTERLEAVE == 0 && ROWS <= 8 * INTERLEAVE && ROWS <= WARP &
               "a warp owns rows that lie together, pairs of gate and up");
 
 extern "C" __global__ void __launch_bounds__(THREADS)
+#if ROUTED
+    experts_up(const __half *__restrict__ normed, const float *__restrict__ r, __half *__restrict__ act, int *__restrict__ experts,
+               float *__restrict__ weights, const long long *__restrict__ table) {
+#else
     experts_up(const __half *__restrict__ normed, const int *__restrict__ experts, __half *__restrict__ act,
                const long long *__restrict__ table) {
+#endif
     DYNAMIC_SHARED(dynamic);
     const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, pair = blockIdx.y;
     const unsigned first = (blockIdx.x * WARPS + warp) * ROWS;
     uint4 *staged = (uint4 *)dynamic + warp * UNITS, *target = staged + staged_unit(lane);
     grid_dependency_wait();
-    const long long *entry = table + experts[pair] * ADDRESSES;
+#if ROUTED
+    const int expert = choose_for_block(r, pair, blockIdx.x == 0 && pair % USED == 0, experts, weights);
+#else
+    const int expert = experts[pair];
+#endif
+    const long long *entry = table + expert * ADDRESSES;
     const uint4 *codes = (const uint4 *)entry[0] + first * CHUNKS + lane;
     const __half *scales = (const __half *)entry[1] + first * BLOCKS;
 #pragma unroll

@@ -3,10 +3,14 @@
 // Grid: 2 * WIDTH / BLOCK_ROWS x BATCH * USED. A block owns BLOCK_ROWS rows (gate and up alternate) of one token's expert
 // and all columns: its threads take 32 rows of 16 columns each, the rows' groups next to one another.
 //
-// Macros: BATCH, USED, HIDDEN, WIDTH, ADDRESSES, BLOCK_ROWS (32, 64, 128 …), THREADS, SCALES_BY_BLOCK.
+// Macros: BATCH, USED, HIDDEN, WIDTH, ADDRESSES, BLOCK_ROWS (32, 64, 128 …), THREADS, SCALES_BY_BLOCK,
+// ROUTED (1: it also does what route does, with EXPERTS, R_STRIDE and NORMALISE).
 // Dynamic shared memory: STEP * 16 bytes a thread.
 
 #include "mxfp4.cuh"
+#if ROUTED
+#include "routing.cuh"
+#endif
 
 #define GROUPS (BLOCK_ROWS / GROUP)
 #define PARTS (HIDDEN / STEP)
@@ -16,8 +20,13 @@ static_assert(HIDDEN % 32 == 0 && 2 * WIDTH % BLOCK_ROWS == 0, "blocks of 32 col
 static_assert(THREADS % WARP == 0 && THREADS >= GROUPS * PARTS && GROUPS <= WARP, "a thread for every part");
 
 extern "C" __global__ void __launch_bounds__(THREADS)
+#if ROUTED
+    mxfp4_up(const __half *__restrict__ normed, const float *__restrict__ r, __half *__restrict__ act, int *__restrict__ experts,
+             float *__restrict__ weights, const long long *__restrict__ table) {
+#else
     mxfp4_up(const __half *__restrict__ normed, const int *__restrict__ experts, __half *__restrict__ act,
              const long long *__restrict__ table) {
+#endif
     __shared__ float partial[WARPS][BLOCK_ROWS];
     DYNAMIC_SHARED(dynamic);
     uint4 *staged = (uint4 *)dynamic + threadIdx.x;
@@ -26,7 +35,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const bool present = THREADS == GROUPS * PARTS || part < PARTS;
     const unsigned row = blockIdx.x * BLOCK_ROWS + group * GROUP, column = present ? part * STEP : 0;
     grid_dependency_wait();
-    const long long *entry = table + experts[pair] * ADDRESSES;
+#if ROUTED
+    const int expert = choose_for_block(r, pair, blockIdx.x == 0 && pair % USED == 0, experts, weights);
+#else
+    const int expert = experts[pair];
+#endif
+    const long long *entry = table + expert * ADDRESSES;
     load_columns<2 * WIDTH>(staged, THREADS, (const uint4 *)entry[0], row, column, present);
     unsigned scales[GROUP / 4];
     load_scales<2 * WIDTH, HIDDEN>(scales, (const unsigned char *)entry[1], row, column);

@@ -1,6 +1,6 @@
 // The experts of each token and their weights. Grid: BATCH blocks of one warp.
 //
-// Macros: BATCH, EXPERTS, USED (at most 32), R_STRIDE, NORMALISE.
+// Macros: BATCH, EXPERTS, USED, R_STRIDE, NORMALISE.
 
 #include "routing.cuh"
 

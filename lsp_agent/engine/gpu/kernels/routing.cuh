@@ -1,4 +1,6 @@
 // The router's choice, by one warp: the USED largest of EXPERTS logits, ties to the lower index, and their weights.
+//
+// Expects EXPERTS, USED (at most 32), R_STRIDE and NORMALISE to be defined.
 #pragma once
 
 #include "common.cuh"
@@ -77,4 +79,21 @@ __device__ __forceinline__ Choice choose_experts(const float *logits) {
     choice.weight = expf(value - largest) / sum;
 #endif
     return choice;
+}
+
+// The expert of the pair (token, rank) `pair`, for all threads of a block, which need no kernel before them for it then;
+// `writes`: whether the block also writes what its token's warp has found to `experts` and `weights` [tokens, USED].
+__device__ __forceinline__ int choose_for_block(const float *r, unsigned pair, bool writes, int *experts, float *weights) {
+    __shared__ int chosen;
+    const unsigned token = pair / USED, lane = threadIdx.x;
+    if (lane < WARP) {
+        const Choice choice = choose_experts(r + token * R_STRIDE);
+        if (lane == pair % USED) chosen = choice.expert;
+        if (writes && lane < USED) {
+            experts[token * USED + lane] = choice.expert;
+            weights[token * USED + lane] = choice.weight;
+        }
+    }
+    __syncthreads();
+    return chosen;
 }

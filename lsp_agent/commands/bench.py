@@ -213,16 +213,14 @@ def _routing(config: ModelConfig, trace: bool, random: bool) -> str:
 
 def _follow(decoder: Decoder, config: ModelConfig) -> None:
     """Let the decode kernels route by a synthetic trace."""
-    follow = getattr(decoder, "follow_trace", None)
     experts = config.experts
-    if follow is None or experts is None or decoder.device.name == "cpu":
-        raise UserError("A trace steers the GPU's decode kernels of models with experts; leave --trace out here.")
-    layers = config.layers - len(experts.dense_layers)
+    if experts is None:
+        raise UserError("This model has no experts to route; leave --trace out.")
     try:
-        routed = make_trace(TRACE_TOKENS, layers, experts.count, experts.used)
+        trace = make_trace(TRACE_TOKENS, config.layers, experts.count, experts.used)
     except ValueError as error:
         raise UserError(f"There is no trace for this model: {error}; leave --trace out.") from error
-    follow(router_logits(routed, experts.count))
+    decoder.follow(router_logits(trace, experts.count))
 
 
 def _memory(device: Device) -> int:

@@ -161,6 +161,12 @@ class Decoder:
         logits = self.run(np.array(tokens, np.int64)[:, None], state, range(len(tokens)))
         return [HostLogits(row) for row in logits]
 
+    def follow(self, logits: np.ndarray) -> None:
+        """Route single tokens by these logits, see `GpuRuntime.follow`; raises `UserError` where nothing can."""
+        if self._gpu is None or self._gpu.steps is None:
+            raise UserError("A trace steers the GPU's decode kernels, which do not run here; leave --trace out.")
+        self._gpu.follow(logits)
+
     def rollback(self, state: State, count: int) -> None:
         """Forget the last `count` tokens of a state of one sequence.
 

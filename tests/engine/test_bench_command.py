@@ -73,6 +73,8 @@ def test_a_placement_without_a_gpu_and_a_trace_on_the_cpu_are_refused(monkeypatc
     assert error and "needs the GPU packages" in str(error)
     _, error = run("--synthetic", "tiny", "--trace", *SMALL, monkeypatch=monkeypatch)
     assert error and "steers the GPU's decode kernels" in str(error)
+    _, error = run("--synthetic", "qwen2.5-coder-0.5b", "--layers", "1", "--trace", *SMALL, monkeypatch=monkeypatch)
+    assert error and "no experts to route; leave --trace out." in str(error)
 
 
 @pytest.mark.parametrize("scheme", ["int4", "mxfp4", "int4-asymmetric"])

@@ -54,7 +54,7 @@ class HostLogits:
         """See `Logits.top`."""
         values = self._values
         if count == 1:
-            tokens = values.argmax(keepdims=True)
+            tokens = np.array([values.argmax()])
         elif 0 < count < len(values):
             tokens = np.argpartition(-values, count - 1)[:count]
         else:

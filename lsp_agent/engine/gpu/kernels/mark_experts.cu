@@ -5,7 +5,8 @@
 //
 // Macros: EXPERTS, USED, WARPS, BLOCKS.
 
-#define NORMALISE 1
+#define NORMALISE 1 // what of the header is not used here wants these
+#define R_STRIDE EXPERTS
 #include "routing.cuh"
 
 #define WORDS ((EXPERTS + 31) / 32)

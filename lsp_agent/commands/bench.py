@@ -81,7 +81,7 @@ class _Result:
     prefill: list[Prefill]
     decode: list[Decode]
     a_token: list[Speed]
-    """What is expected of the steps of one sequence after each context."""
+    """What the steps of one sequence read after each context, and the speed expected of that."""
 
 
 @click.command()
@@ -199,7 +199,7 @@ def _measure(wanted: _Request, package: Package, device: Device, progress: Conso
         chunk=placement.chunk if placement else None,
         prefill=read,
         decode=steps,
-        a_token=[estimate(choice, sizes, found, length) for length in wanted.contexts],
+        a_token=[estimate(choice, sizes, found, step.context, step.hits) for step in steps if step.batch == 1],
     )
 
 
@@ -247,7 +247,7 @@ def _print(result: _Result) -> None:
         memory = f"{found.gpu / 1e9:.0f} GB/s GPU memory, {found.bus / 1e9:.0f} GB/s bus, {memory}"
     click.echo(f"Loaded in {result.load_s:.1f} s, {gigabytes(result.memory_bytes)} of memory. Copies: {memory}.\n")
     table = Table(box=None, pad_edge=False)
-    for heading in ("run", "ms", "best", "tokens/s", "bytes a token", "bandwidth"):
+    for heading in ("run", "ms", "best", "tokens/s", "in slots", "bytes a token", "bandwidth"):
         table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
     for read in result.prefill:
         table.add_row(f"prompt of {read.tokens}", f"{read.ms:.1f}", f"{read.best_ms:.1f}", f"{read.tokens_s:,.0f}")
@@ -255,7 +255,7 @@ def _print(result: _Result) -> None:
     expected = dict(zip(singles, result.a_token, strict=False))
     for step in result.decode:
         row = [f"decode at {step.context}, batch {step.batch}", f"{step.ms:.2f}", f"{step.best_ms:.2f}"]
-        row.append(f"{step.tokens_s:,.1f}")
+        row += [f"{step.tokens_s:,.1f}", "" if step.hits is None else f"{step.hits:.0%}"]
         speed = expected.get(step.context) if step.batch == 1 else None
         if speed is not None:
             row += [_read_bytes(speed), f"{_share(step, speed, found):.0%}"]

@@ -33,7 +33,8 @@ class Prefill:
 class Decode:
     """Steps of `batch` sequences after `context` tokens: milliseconds a step, and tokens a second of all together.
 
-    `tokens_s` is by the median. `finite`: the last logits were numbers.
+    `tokens_s` is by the median. `finite`: the last logits were numbers. `hits`: the share of the experts used that were
+    in slots of the GPU's memory, None where there are no slots.
     """
 
     context: int
@@ -42,6 +43,7 @@ class Decode:
     best_ms: float
     tokens_s: float
     finite: bool
+    hits: float | None
 
 
 class Benchmark:
@@ -70,8 +72,10 @@ class Benchmark:
         if batch > 1:
             state = self._decoder.new_state(context + WARM_UP + tokens, batch)
             state.copy_prefix(self._state, self._state.length)
-        seconds, logits = [], []
-        for _ in range(WARM_UP + tokens):
+        seconds, logits, before = [], [], (0, 0)
+        for step in range(WARM_UP + tokens):
+            if step == WARM_UP:
+                before = self._decoder.expert_hits()
             ids = self._ids(batch)
             started = time.perf_counter()
             logits = self._decoder.step(ids, state)
@@ -79,9 +83,11 @@ class Benchmark:
                 one.top(1)  # waits for the result, as a sampler does
             seconds.append(time.perf_counter() - started)
             self._count(state, ids)
+        found, used = (now - then for now, then in zip(self._decoder.expert_hits(), before, strict=True))
         kept = seconds[WARM_UP:]
         middle = statistics.median(kept)
-        return Decode(context, batch, 1000 * middle, 1000 * min(kept), batch / middle, _finite(logits))
+        hits = found / used if used else None
+        return Decode(context, batch, 1000 * middle, 1000 * min(kept), batch / middle, _finite(logits), hits)
 
     def _read(self, tokens: int) -> float:
         self._state.truncate(0)

@@ -167,6 +167,10 @@ class Decoder:
             raise UserError("A trace steers the GPU's decode kernels, which do not run here; leave --trace out.")
         self._gpu.follow(logits)
 
+    def expert_hits(self) -> tuple[int, int]:
+        """See `GpuRuntime.expert_hits`; (0, 0) elsewhere."""
+        return self._gpu.expert_hits() if self._gpu is not None else (0, 0)
+
     def rollback(self, state: State, count: int) -> None:
         """Forget the last `count` tokens of a state of one sequence.
 

@@ -37,7 +37,7 @@ def test_random_weights_are_timed_and_thrown_away(tmp_path, monkeypatch):
     assert [p["tokens"] for p in result["prefill"]] == [16, 33]
     assert [(d["context"], d["batch"]) for d in result["decode"]] == [(40, 1), (40, 3)]
     for step in result["decode"]:
-        assert step["finite"] and 0 < step["best_ms"] <= step["ms"]
+        assert step["finite"] and step["hits"] is None and 0 < step["best_ms"] <= step["ms"]
         assert step["tokens_s"] == pytest.approx(1000 * step["batch"] / step["ms"])
     assert result["machine"]["host"] > 1e8 and result["machine"]["measured"]
     (a_token,) = result["a_token"]
@@ -121,3 +121,12 @@ def test_a_benchmark_goes_back_to_the_context_for_each_batch(tmp_path):
     runs = Benchmark(decoder, 64, None)
     assert [runs.decode(20, batch, 3).batch for batch in (1, 2, 1)] == [1, 2, 1]
     assert runs.decode(30, 1, 3).context == 30
+
+
+def test_the_share_found_in_slots_is_that_of_the_timed_steps(tmp_path, monkeypatch):
+    from lsp_agent.engine import benchmark
+
+    decoder = Decoder(Package(synthetic.make(Path(tmp_path) / "p", synthetic.TINY, "int4")), 1, 64, "fast")
+    counts = iter([(100, 200), (103, 204)])
+    monkeypatch.setattr(decoder, "expert_hits", lambda: next(counts))
+    assert benchmark.Benchmark(decoder, 64, None).decode(20, 1, 4).hits == 0.75

@@ -74,6 +74,11 @@ class GpuRuntime:
         self._trace = DeviceTrace(tokens, layers)
         self.steps = StepRunner(self._device, self._package.config.vocabulary, MOST_STEPS, self._step_session)
 
+    def expert_hits(self) -> tuple[int, int]:
+        """Experts that single tokens found in slots, and all that they used, since loading; of hybrid placements."""
+        counts = self._weights.experts.counts()
+        return counts.hits, counts.hits + counts.misses
+
     def _step_session(self, batch: int) -> ort.InferenceSession:
         graph = StepBuilder(
             self._package, self.states, self._weights, self._compiler, batch, self._context, self._trace

@@ -44,8 +44,11 @@ class Speed:
     host_bytes: int
 
 
-def estimate(choice: Choice, sizes: Sizes, machine: Machine, length: int) -> Speed:
-    """Decoding one sequence after `length` tokens, and reading a prompt of `PREFILL_LENGTH`."""
+def estimate(choice: Choice, sizes: Sizes, machine: Machine, length: int, hits: float | None = None) -> Speed:
+    """Decoding one sequence after `length` tokens, and reading a prompt of `PREFILL_LENGTH`.
+
+    `hits`: the share of a token's experts that are in slots, by default what is expected.
+    """
     config = sizes.config
     dense = sum(sizes.dense.values()) + sizes.head + 2 * sizes.recurrent + sizes.a_token * length
     count, used = sizes.expert_count, config.experts.used if config.experts else 0
@@ -57,7 +60,7 @@ def estimate(choice: Choice, sizes: Sizes, machine: Machine, length: int) -> Spe
     placement = choice.plan.placement
     missed = 0.0 if placement.kind == "resident" or not count else 1.0
     if placement.kind == "hybrid":
-        missed = 1 - expected_hits(placement.slots, count, used)
+        missed = 1 - (expected_hits(placement.slots, count, used) if hits is None else hits)
     host = int(routed * missed)
     gpu = dense + routed - host
     launches = LAUNCHES_A_BLOCK * config.layers
@@ -65,7 +68,7 @@ def estimate(choice: Choice, sizes: Sizes, machine: Machine, length: int) -> Spe
     chunk = min(placement.chunk, PREFILL_LENGTH)
     # Of a chunk each expert that any token uses is read once; those that have a slot from the GPU's memory.
     touched = sum(sizes.experts.values()) * (1 - (1 - used / count) ** chunk) if count else 0.0
-    outside = touched * (1 - placement.slots / count) if missed else 0.0
+    outside = touched * (1 - placement.slots / count) if count and placement.kind != "resident" else 0.0
     reading = chunk * active / (machine.gpu * FLOPS_A_BYTE) + outside / machine.bus
     return Speed(1 / seconds, chunk / reading, gpu, host)
 

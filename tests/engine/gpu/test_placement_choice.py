@@ -113,6 +113,8 @@ def test_speed_falls_with_what_crosses_the_bus(next_model):
     assert speeds[0].host_bytes == 0 and 2.1e9 < speeds[0].gpu_bytes < 2.5e9, "2.24 GB a token by the model's numbers"
     assert speeds[3].host_bytes == 10 * sizes.slot and 40 < speeds[3].decode < 60, "49 tokens/s were measured"
     assert speeds[0].gpu_bytes == sum((speeds[3].gpu_bytes, speeds[3].host_bytes))
+    half = estimate(chosen(next_model, 25), sizes, H100, 1024, hits=0.5)
+    assert half.host_bytes == 5 * sizes.slot and half.decode < decode[1] and half.prefill == prefill[1]
     far = estimate(chosen(next_model, 85), sizes, H100, 131072)
     assert far.gpu_bytes - speeds[0].gpu_bytes == 24_576 * (131072 - 1024) and far.decode < decode[0]
 

@@ -12,6 +12,8 @@ WARP = 32
 LANE_BYTES = 16
 MOST_USED = 32
 """Experts of a token: a lane of a warp holds each."""
+MOST_SHARED = 94 * 1024
+"""Bytes of dynamic shared memory that a block may have on every GPU since compute capability 8.0."""
 MXFP4_STEP, MXFP4_GROUP = 16, 32
 """Columns and rows of MXFP4 codes that a thread multiplies."""
 
@@ -60,8 +62,8 @@ class SharedExpert:
 
 @dataclass(frozen=True)
 class Routing:
-    """How experts are chosen from r, `stride` wide, which begins with the router's logits: the largest, ties to the lower
-    index. Their weights are a softmax over those chosen (`normalise`) or over all."""
+    """How experts are chosen from r, `stride` wide, which begins with the router's logits: the largest ones, ties to
+    the lower index. Their weights are a softmax over those chosen (`normalise`) or over all."""
 
     stride: int
     normalise: bool
@@ -121,17 +123,19 @@ def experts_up(
     if routing is not None:
         macros |= _routing(sizes, routing)
     if form.element == "e2m1":
-        rows = _part(2 * sizes.width, tuning.up_block, MXFP4_GROUP)
-        threads = _threads(rows, sizes.hidden)
+        rows, threads = _block(2 * sizes.width, tuning.up_block, sizes.hidden)
         macros |= {"BLOCK_ROWS": rows, "THREADS": threads}
         grid = (2 * sizes.width // rows, batch * sizes.used, 1)
         launch = Launch("mxfp4_up", _macros(macros), grid, (threads, 1, 1), threads * MXFP4_STEP * LANE_BYTES)
         return ExpertKernel(launch)
     per_warp = _part(2 * sizes.width, tuning.up_rows, 16 // form.bits)
-    warps = _part(2 * sizes.width // per_warp, tuning.up_warps)
+    per_row = sizes.hidden * form.bits // 8
+    warps = _part(2 * sizes.width // per_warp, min(tuning.up_warps, MOST_SHARED // (per_warp * per_row)))
     macros |= {"ROWS": per_warp, "WARPS": warps}
     grid = (2 * sizes.width // (per_warp * warps), batch * sizes.used, 1)
-    shared = per_warp * warps * sizes.hidden * form.bits // 8
+    shared = per_warp * warps * per_row
+    if shared > MOST_SHARED:
+        raise ValueError(f"experts with {sizes.hidden} columns need {shared} bytes of shared memory")
     return ExpertKernel(Launch("experts_up", _macros(macros), grid, (warps * WARP, 1, 1), shared))
 
 
@@ -153,22 +157,30 @@ def experts_down(
     _check(sizes, form)
     macros = _common(batch, sizes, form) | {"R_STRIDE": stride} | _shared(sizes, shared)
     if form.element == "e2m1":
-        rows = _part(sizes.hidden, tuning.down_block, MXFP4_GROUP)
-        threads = _threads(rows, sizes.width)
+        rows, threads = _block(sizes.hidden, tuning.down_block, sizes.width)
         parts = sizes.used + (shared is not None)
         macros |= {"BLOCK_ROWS": rows, "THREADS": threads}
         if shared is not None:
             each = _ceil(shared.width * shared.down.bits // 8, WARP * LANE_BYTES)
+            if shared.down.bits != 16 and each > MXFP4_STEP:
+                raise ValueError(f"a shared expert of {shared.width} columns beside MXFP4 experts")
             macros["SHARED_ROWS"] = _part(rows // (threads // WARP), MXFP4_STEP // each)
         grid = (sizes.hidden // rows, parts, batch)
         launch = Launch("mxfp4_down", _macros(macros), grid, (threads, 1, 1), threads * MXFP4_STEP * LANE_BYTES)
         return ExpertKernel(launch, batch * parts * sizes.hidden, batch * (sizes.hidden // rows))
     per_warp = _part(sizes.hidden, tuning.down_rows, 16 // form.bits)
-    warps = _part(sizes.hidden // per_warp, tuning.down_warps)
-    staged = per_warp * warps * sizes.used * sizes.width * form.bits // 8
-    if shared is not None and shared.down.bits != 16:
-        lane_chunks = _ceil(shared.width * shared.down.bits // 8, WARP * LANE_BYTES)
-        staged += per_warp * warps * lane_chunks * WARP * LANE_BYTES
+    per_row = sizes.used * sizes.width * form.bits // 8
+    activations = 2 * sizes.used * sizes.width
+    if shared is not None:
+        activations += 2 * shared.width
+        if shared.down.bits != 16:
+            per_row += _ceil(shared.width * shared.down.bits // 8, WARP * LANE_BYTES) * WARP * LANE_BYTES
+    warps = _part(sizes.hidden // per_warp, min(tuning.down_warps, (MOST_SHARED - activations) // (per_warp * per_row)))
+    staged = activations + per_warp * warps * per_row
+    if staged > MOST_SHARED:
+        raise ValueError(
+            f"{sizes.used} experts of width {sizes.width} for a token need {staged} bytes of shared memory"
+        )
     macros |= {"ROWS": per_warp, "WARPS": warps}
     grid = (sizes.hidden // (per_warp * warps), batch, 1)
     return ExpertKernel(Launch("experts_down", _macros(macros), grid, (warps * WARP, 1, 1), staged))
@@ -227,12 +239,15 @@ def _shared(sizes: ExpertSizes, shared: SharedExpert | None) -> dict[str, int]:
     }
 
 
-def _threads(rows: int, columns: int) -> int:
-    """Threads of a block that multiplies all columns of its rows."""
-    threads = _ceil(rows // MXFP4_GROUP * columns // MXFP4_STEP, WARP) * WARP
-    if threads > 1024:
+def _block(rows: int, wanted: int, columns: int) -> tuple[int, int]:
+    """Rows of a block, of `rows`, and its threads, which multiply all columns of MXFP4 codes."""
+    most = MOST_SHARED // (MXFP4_STEP * LANE_BYTES)
+    parts = columns // MXFP4_STEP
+    own = _part(rows, min(wanted, max(1, most // parts) * MXFP4_GROUP), MXFP4_GROUP)
+    threads = _ceil(own // MXFP4_GROUP * parts, WARP) * WARP
+    if threads > most:
         raise ValueError(f"MXFP4 experts with {columns} columns")
-    return threads
+    return own, threads
 
 
 def _part(whole: int, wanted: int, least: int = 1) -> int:

@@ -212,3 +212,13 @@ def test_sizes_that_the_kernels_do_not_cover_are_refused():
         experts_up(1, dataclasses.replace(SIZES, hidden=80), FORMS["mxfp4"])
     with pytest.raises(ValueError, match="at most 32"):
         route(1, ExpertSizes(128, 33, 64, 64), 128, True)
+    with pytest.raises(ValueError, match="shared memory"):
+        experts_down(1, ExpertSizes(64, 32, 64, 2048), FORMS["int8"], STRIDE, None)
+
+
+def test_blocks_fit_into_the_shared_memory_of_every_gpu():
+    large = ExpertSizes(64, 8, 4096, 1536)
+    for name in ("int4", "int8", "mxfp4"):
+        for kernel in (experts_up(1, large, FORMS[name]), experts_down(1, large, FORMS[name], STRIDE, None)):
+            assert kernel.launch.shared <= 94 * 1024
+            assert kernel.launch.grid[0] > 1

@@ -5,7 +5,7 @@
 // summed across blocks; its lanes take the 16-byte chunks of the rows of one expert after the other.
 //
 // Macros: BATCH, USED (at most 32), HIDDEN, WIDTH, BITS, BLOCK, ZERO, ADDRESSES, ROWS, WARPS as of experts_up; those of
-// shared_expert.cuh (SHARED_WIDTH 0: none). Dynamic shared memory: the codes of a block.
+// shared_expert.cuh (SHARED_WIDTH 0: none). Dynamic shared memory: see below.
 
 #include "codes.cuh"
 
@@ -42,14 +42,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                  const float *__restrict__ r, __half *__restrict__ out, const long long *__restrict__ table,
                  const uint4 *__restrict__ shared_codes, const void *__restrict__ shared_scales,
                  const unsigned char *__restrict__ shared_zero_points) {
-    __shared__ uint4 activations[USED * WIDTH / 8];
-    DYNAMIC_SHARED(dynamic);
+    DYNAMIC_SHARED(dynamic); // of the block: activations, the shared expert's, codes, the shared expert's
     const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, token = blockIdx.y;
     const unsigned first = (blockIdx.x * WARPS + warp) * ROWS;
-    uint4 *staged = (uint4 *)dynamic + warp * USED * UNITS, *target = staged + staged_unit(lane);
+    uint4 *const activations = (uint4 *)dynamic, *const shared_activations = activations + USED * WIDTH / 8;
+    uint4 *const codes_of_block = shared_activations + SHARED_WIDTH / 8;
+    uint4 *const staged = codes_of_block + warp * USED * UNITS, *const target = staged + staged_unit(lane);
 #if SHARED_WIDTH
     // These are the same whatever was routed, so they need not wait for it.
-    uint4 *const staged_shared = (uint4 *)dynamic + WARPS * USED * UNITS + threadIdx.x;
+    uint4 *const staged_shared = codes_of_block + WARPS * USED * UNITS + threadIdx.x;
     load_shared<ROWS>(staged_shared, THREADS, first, shared_codes);
     copies_commit();
 #endif
@@ -79,15 +80,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const uint4 *x = (const uint4 *)(act + token * USED * WIDTH);
     for (unsigned piece = threadIdx.x; piece < USED * WIDTH / 8; piece += THREADS) activations[swizzled<BITS>(piece)] = x[piece];
 #if SHARED_WIDTH
-    __shared__ __align__(16) __half shared_activations[SHARED_WIDTH];
-    stage_shared(r + token * R_STRIDE, shared_activations);
+    stage_shared(r + token * R_STRIDE, (__half *)shared_activations);
 #endif
     __syncthreads();
     float sums[ROWS] = {};
 #if SHARED_WIDTH
     copies_wait(FIRST_COPIES < COPIES ? 2 : 1);
     const float gate = sigmoid(r[token * R_STRIDE + GATE_OFFSET]);
-    add_shared<ROWS>(sums, staged_shared, THREADS, first, gate, shared_activations, shared_codes, shared_scales,
+    add_shared<ROWS>(sums, staged_shared, THREADS, first, gate, (const __half *)shared_activations, shared_codes, shared_scales,
                      shared_zero_points);
 #endif
 #pragma unroll

@@ -87,6 +87,7 @@ def generate(
             answer["finish_reason"] = step.finish_reason or "length"
             if not as_json and count == 1:
                 click.echo(step.text, nl=False)
+        engine.remember()
     if as_json:
         timings = {k: round(v, 6) for k, v in vars(generation.timings).items()}
         click.echo(json.dumps({"prompt_tokens": ids, "answers": answers, "timings": timings}, ensure_ascii=False))

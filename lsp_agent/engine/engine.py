@@ -115,6 +115,10 @@ class Engine:
             self._decoder, self._prefixes, self.tokenizer, prompt, sampling, cancel, n, stop_ids, drafting
         )
 
+    def remember(self) -> None:
+        """See `Decoder.remember`; between requests only."""
+        self._decoder.remember()
+
     def infill_prompt(self, prefix: str, suffix: str) -> list[int]:
         """Token ids that ask for what belongs between `prefix` and `suffix`."""
         return self.tokenizer.infill(prefix, suffix)

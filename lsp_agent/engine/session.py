@@ -167,6 +167,11 @@ class Decoder:
             raise UserError("A trace steers the GPU's decode kernels, which do not run here; leave --trace out.")
         self._gpu.follow(logits)
 
+    def remember(self) -> None:
+        """Keep on disk what the next run can use: which experts were used most, where that matters."""
+        if self._gpu is not None:
+            self._gpu.remember()
+
     def expert_hits(self) -> tuple[int, int]:
         """See `GpuRuntime.expert_hits`; (0, 0) elsewhere."""
         return self._gpu.expert_hits() if self._gpu is not None else (0, 0)

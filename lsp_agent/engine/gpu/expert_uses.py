@@ -16,7 +16,7 @@ from lsp_agent.engine.package import INDEX, Package
 from lsp_agent.paths import cache_dir
 
 FADING = 0.5
-"""What earlier runs count for, each time that a run is added."""
+"""What earlier runs count for beside this one."""
 
 _log = logging.getLogger(__name__)
 
@@ -40,16 +40,19 @@ def load_uses(package: Package) -> dict[str, np.ndarray]:
         return {}
 
 
-def save_uses(package: Package, uses: dict[str, np.ndarray]) -> None:
-    """Add a run's counts, [experts] by layer, to what is kept. A file that cannot be written is only logged."""
+def save_uses(package: Package, uses: dict[str, np.ndarray], earlier: dict[str, np.ndarray]) -> None:
+    """Keep a run's counts so far, [experts] by layer, beside those of `earlier` runs, as they were loaded.
+
+    A file that cannot be written is only logged.
+    """
     if not any(counts.any() for counts in uses.values()):
         return
-    total = {name: counts * np.float32(FADING) for name, counts in load_uses(package).items()}
+    total = {name: counts * np.float32(FADING) for name, counts in earlier.items()}
     for name, counts in uses.items():
-        earlier = total.get(name)
+        before = total.get(name)
         total[name] = counts.astype(np.float32)
-        if earlier is not None and earlier.shape == counts.shape:
-            total[name] += earlier
+        if before is not None and before.shape == counts.shape:
+            total[name] += before
     target = uses_file(package)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

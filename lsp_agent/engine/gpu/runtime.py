@@ -79,6 +79,10 @@ class GpuRuntime:
         counts = self._weights.experts.counts()
         return counts.hits, counts.hits + counts.misses
 
+    def remember(self) -> None:
+        """See `DeviceWeights.remember`."""
+        self._weights.remember()
+
     def _step_session(self, batch: int) -> ort.InferenceSession:
         graph = StepBuilder(
             self._package, self.states, self._weights, self._compiler, batch, self._context, self._trace

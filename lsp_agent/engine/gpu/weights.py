@@ -29,8 +29,8 @@ _DEQUANTISED_ROWS = 4096
 class DeviceWeights:
     """Loads every weight of a package once; nothing is shared between weights, even if the package shares it on disk.
 
-    Weights are found by the names that `CudaGraph` gives its initialisers: `blk.0.attn_qkv.1.codes`, `.scales` (fp16)
-    and `.zero_points` of the second part of a linear, `blk.0.ffn_gate_inp.0` of a part that is dense (fp16 [columns,
+    Weights are found by the names that `CudaGraph` gives its initialisers: `blk.0.attn_qkv.1.codes`, `.scales` (fp16),
+    `.zero_points` and `.corrections` (fp16) of the second part of a linear, `blk.0.ffn_gate_inp.0` of a part that is dense (fp16 [columns,
     rows]), `blk.0.attn_norm` of a vector (fp32), `blk.0.experts_down.codes` of the experts.
     """
 
@@ -50,7 +50,8 @@ class DeviceWeights:
         self._loads: list[Load] = []
         try:
             self._plan()
-            self.experts = ExpertMemory(package, memory, placement or Placement("resident"), load_uses(package))
+            self._earlier_uses = load_uses(package)
+            self.experts = ExpertMemory(package, memory, placement or Placement("resident"), self._earlier_uses)
             self._addresses |= {name: tensor.address for name, tensor in self.experts.tensors.items()}
             self._sizes |= {name: tensor.nbytes for name, tensor in self.experts.tensors.items()}
             self._shared |= self.experts.tensors.keys()
@@ -84,9 +85,10 @@ class DeviceWeights:
             self._add(name, package.array(part.values), halve=True)
             self._shared.add(name)
         for field, extent in part.extents().items():
-            if field in ("codes", "scales", "zero_points"):
+            if field in ("codes", "scales", "zero_points", "corrections"):
                 self._add(f"{name}.{field}", package.array(extent), halve=True)
-                self._shared.add(f"{name}.{field}")
+                if field != "corrections":  # which the prefill graph wants transposed
+                    self._shared.add(f"{name}.{field}")
 
     def _add_embedding(self, rows: Rows) -> tuple[int, str]:
         table = self._package.array(rows.blocks)
@@ -132,9 +134,12 @@ class DeviceWeights:
                 values.append(value)
         return values
 
+    def remember(self) -> None:
+        """Keep which experts were used most, for the next run to begin with; only hybrid placements count."""
+        save_uses(self._package, self.experts.counts().uses, self._earlier_uses)
+
     def close(self) -> None:
-        """Remember which experts were used most, and give the memory back."""
-        save_uses(self._package, self.experts.counts().uses)
+        """Give the memory back."""
         self._memory.close()
 
 

@@ -101,8 +101,13 @@ def test_slots_begin_with_the_experts_that_were_routed_most(package, scheme, mon
     state["uses"][[7, 30, 2]], state["hits"], state["misses"] = (3, 9, 1), 10, 3
     counts = first.experts.counts()
     assert (counts.hits, counts.misses) == (10, 3) and counts.uses[GATE_UP][30] == 9
+    first.remember()
+    state["uses"][2] = 2
+    first.remember()  # the run so far, not once more
     first.close()
-    save_uses(one, {"blk.0.experts_gate_up": np.arange(count + 9)})  # of another model: it counts for nothing
+    kept = load_uses(one)
+    assert kept[GATE_UP][[7, 30, 2]].tolist() == [3, 9, 2]
+    save_uses(one, {"blk.0.other": np.arange(count + 9)}, kept)  # of another model: it counts for nothing
     again, cache, state = load()
     assert list(state["expert_in"]) == [30, 7, 2, 0, 1] and not state["uses"].any()
     table, home = (at(address, (count, parts), np.int64) for address in (cache.table, cache.home))
@@ -124,10 +129,10 @@ def test_counts_fade_and_damaged_files_count_for_nothing(package, monkeypatch, t
     monkeypatch.setenv("LSP_AGENT_CACHE_DIR", str(tmp_path))
     one = package("int4")
     assert load_uses(one) == {}
-    save_uses(one, {"a": np.array([4, 0, 2])})
-    save_uses(one, {"a": np.array([0, 1, 0])})
+    save_uses(one, {"a": np.array([4, 0, 2])}, {})
+    save_uses(one, {"a": np.array([0, 1, 0])}, load_uses(one))
     np.testing.assert_array_equal(load_uses(one)["a"], [2, 1, 1])
-    save_uses(one, {"a": np.array([1, 1])})  # other experts than before
+    save_uses(one, {"a": np.array([1, 1])}, load_uses(one))  # other experts than before
     np.testing.assert_array_equal(load_uses(one)["a"], [1, 1])
     assert load_uses(package("int8")) == {}
     whole = uses_file(one).read_bytes()

@@ -87,7 +87,7 @@ class _Result:
 @click.command()
 @click.option("--model", help="An installed model; by default random weights.")
 @click.option("--synthetic", "shape", help=f"Random weights in the shape of a known model, or `{TINY}`.")
-@click.option("--scheme", type=click.Choice(list(SCHEMES)), help="Of random weights; by default mxfp4 for experts.")
+@click.option("--scheme", type=click.Choice(list(SCHEMES)), help="Of random weights; by default int4-64 for experts on a GPU.")
 @click.option("--layers", type=click.IntRange(1), help="Of random weights, only so many.")
 @click.option("--placement", type=click.Choice(PLACEMENTS), help="By default the fastest that fits.")
 @click.option("--vram", type=SIZE, help="Use no more GPU memory than this, such as 24GiB.")
@@ -126,7 +126,7 @@ def _package(wanted: _Request, device: Device) -> Iterator[Package]:
         return
     name = wanted.shape or (GPU_SHAPE if device.name == "cuda" else CPU_SHAPE)
     config = synthetic.with_layers(_config(name), wanted.layers)
-    known: SchemeName = "mxfp4" if config.experts and device.name == "cuda" else "int4"
+    known: SchemeName = "int4-64" if config.experts and device.name == "cuda" else "int4"
     scheme = next((s for s in SCHEMES if s == wanted.scheme), known)
     made = Path(tempfile.mkdtemp(prefix="lsp-agent-bench-", dir=wanted.folder))
     try:

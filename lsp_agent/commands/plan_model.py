@@ -27,7 +27,7 @@ from lsp_agent.models import MAX_CONTEXT, store
 from lsp_agent.models.manifest import shipped
 
 PLACES = {"gpu": "GPU memory", "pinned": "page-locked main memory"}
-EXPERT_SCHEME: SchemeName = "mxfp4"
+EXPERT_SCHEME: SchemeName = "int4-64"
 DENSE_SCHEME: SchemeName = "int4"
 """What models that are not installed are planned in, with experts and without."""
 SPEED_AT = 1024

@@ -115,7 +115,7 @@ def test_the_command_plans_for_a_card_that_is_not_there(tmp_path: Path, monkeypa
 def test_a_known_model_is_planned_before_it_is_installed() -> None:
     output, error = run("--vram", "24GiB", "--ram", "64GB", "--context", "64k", "--json", name="qwen3-coder-next")
     plan = json.loads(output)
-    assert error is None and plan["scheme"] == "mxfp4" and plan["placement"] == "hybrid"
+    assert error is None and plan["scheme"] == "int4-64" and plan["placement"] == "hybrid"
     assert 20 <= plan["slots"] < 512 and plan["needed"] <= plan["free"] and 40e9 < plan["pinned"] < 45e9
     blocks = plan["blocks"]
     assert len(blocks) == 48 and [b["kind"] for b in blocks[:4]] == ["Gated DeltaNet"] * 3 + ["attention"]

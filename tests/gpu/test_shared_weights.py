@@ -1,6 +1,5 @@
 """Weights in memory of our own: what lies there, and that sessions of ONNX Runtime read it without a copy."""
 
-import cupy
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -26,12 +25,12 @@ SCHEMES = ["keep", "int8", "int4", "int4-64", "int4-asymmetric", "mxfp4"]
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_gpu_holds_what_main_memory_would(cuda, package, scheme, where):
     one = package("qwen3-next", scheme)
-    here, there = (DeviceWeights(one, memory, Placement(where)) for memory in (HostMemory(), CudaMemory()))
+    memory = CudaMemory()
+    here, there = (DeviceWeights(one, held, Placement(where)) for held in (HostMemory(), memory))
     sizes = there.sizes()
     assert sizes == here.sizes() and len(sizes) > 30
     for name, nbytes in sizes.items():
-        found = np.empty(nbytes, np.uint8)
-        cupy.cuda.runtime.memcpy(found.ctypes.data, there.address(name), nbytes, 4)
+        found = memory.read(there.address(name), nbytes)
         np.testing.assert_array_equal(found, view(here.address(name), nbytes), err_msg=name)
 
 
@@ -85,6 +84,5 @@ def test_a_session_over_shared_weights_computes_the_same(cuda, package, scheme, 
     print(f"{scheme} {where}: error {error:.5f}")
     assert error < 0.01
     address = weights.address("output.0" if scheme == "keep" else "output.0.scales")
-    cupy.cuda.runtime.memset(address, 0, 64)
-    cupy.cuda.runtime.deviceSynchronize()
+    memory.copy([(memory.store(np.zeros(64, np.uint8)), address, 64)])
     assert (prefill(cuda, one, weights, staging) != found).any()  # so it is that memory which is read

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "golden"))
-
 from tiny_checkpoint import MIXED, Type, write_checkpoint
 from tiny_hf import random_weights, write_hf_checkpoint
 

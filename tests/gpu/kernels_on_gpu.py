@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import cupy
-import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine" / "gpu"))
 import emulator
+import numpy as np
 
 from lsp_agent.engine.gpu.compiler import CudaCompiler
 from lsp_agent.engine.gpu.launch import Launch

@@ -16,6 +16,6 @@ FILES = sorted([*TESTS.glob("test_*_kernels.py"), TESTS / "test_packing.py"])
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_kernels_on_gpu(file: Path, cuda) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "kernels_on_gpu", "-m", "not gpu", str(file)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(TESTS), *sys.path])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

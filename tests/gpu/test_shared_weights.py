@@ -23,8 +23,8 @@ SCHEMES = ["keep", "int8", "int4", "int4-64", "int4-asymmetric", "mxfp4"]
 
 @pytest.mark.parametrize("where", ["resident", "host"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_gpu_holds_what_main_memory_would(cuda, package, scheme, where):
-    one = package("qwen3-next", scheme)
+def test_the_gpu_holds_what_main_memory_would(cuda, gpu_package, scheme, where):
+    one = gpu_package("qwen3-next", scheme)
     memory = CudaMemory()
     here, there = (DeviceWeights(one, held, Placement(where)) for held in (HostMemory(), memory))
     sizes = there.sizes()
@@ -70,10 +70,10 @@ def prefill(cuda, package, weights, staging=None):
 
 @pytest.mark.parametrize("where", ["resident", "host", "staged host", "staged hybrid"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_session_over_shared_weights_computes_the_same(cuda, package, scheme, where):
+def test_a_session_over_shared_weights_computes_the_same(cuda, gpu_package, scheme, where):
     if scheme == "keep" and "staged" in where:
         pytest.skip("only quantised experts are fetched")
-    one = package("qwen3-next", scheme)
+    one = gpu_package("qwen3-next", scheme)
     wanted = prefill(cuda, one, None)
     memory = CudaMemory()
     weights = DeviceWeights(one, memory, Placement(where.split()[-1], 5))

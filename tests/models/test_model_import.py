@@ -19,11 +19,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
-from tiny_model import Log, write_runnable_gguf
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine" / "golden"))
-
 from tiny_hf import random_weights, write_hf_checkpoint
+from tiny_model import Log, write_runnable_gguf
 
 from lsp_agent import paths
 from lsp_agent.cli import app

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from tiny_hf import random_weights, write_hf_checkpoint
 
 from lsp_agent.cli import app
 from lsp_agent.engine.architecture import ExpertsConfig, LinearAttentionConfig, ModelConfig
@@ -31,9 +32,6 @@ def test_the_states_of_the_large_model_are_what_its_numbers_say() -> None:
 
 
 def installed(folder: Path, monkeypatch: pytest.MonkeyPatch, scheme: str) -> Path:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "engine" / "golden"))
-    from tiny_hf import random_weights, write_hf_checkpoint
-
     with np.load(Path(__file__).parents[1] / "engine" / "golden" / "golden_hf.npz") as golden:
         saved = json.loads(str(golden["qwen3-next.checkpoint"]))
     source = folder / "Tiny-Coder-Next"

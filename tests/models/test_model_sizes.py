@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from tiny_model import write_runnable_gguf
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine" / "golden"))
-
 from tiny_hf import random_weights, write_hf_checkpoint
+from tiny_model import write_runnable_gguf
 
 from lsp_agent.cli import app
 from lsp_agent.engine.engine import Engine

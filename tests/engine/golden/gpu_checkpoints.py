@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine" / "golden"))
-
 from tiny_hf import ROPE, random_weights, write_hf_checkpoint
 
 COMMON = {

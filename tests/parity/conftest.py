@@ -1,8 +1,0 @@
-"""The parity suite shares the engine tests' tiny vocabulary."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "engine" / "golden"))

@@ -26,7 +26,8 @@ class Segment:
     """A matrix of `rows`, one of those that `project` multiplies with the same activations.
 
     `bits` 4 or 8: codes in blocks of `block` columns as `MatMulNBits` takes them, with scales in fp16 (`half_scales`)
-    or fp32 and, if `zero_points`, integer zero points packed like the codes. 16: fp16 values [columns, rows].
+    or fp32 and, if `zero_points`, integer zero points packed like the codes; if `corrections`, floats [rows, blocks] of
+    the scales' type, added to every value of their block. 16: fp16 values [columns, rows].
     """
 
     rows: int
@@ -34,6 +35,7 @@ class Segment:
     block: int = 32
     half_scales: bool = False
     zero_points: bool = False
+    corrections: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def project(
 
     Inputs are the prologue's. Outputs: y [batch, rows of all segments] in fp32 (fp16 if `out_half`), then the
     prologue's. Pointers: the norm's weight (fp32 [columns], of `GatedNorm` [head]; null for the others); of each
-    segment codes, scales and zero points (null where it has none); the bias (fp32 [rows of all segments]) or null.
+    segment codes, scales, zero points and corrections (null where it has none); the bias (fp32 [rows of all segments])
+    or null.
     Raises `ValueError` for what the kernel does not cover, see `supports`.
     """
     tuning = tuning or Tuning()
@@ -139,6 +142,7 @@ def project(
             f"BLOCK_{i}": segment.block,
             f"SCALE_HALF_{i}": int(segment.half_scales),
             f"ZERO_{i}": int(segment.zero_points),
+            f"CORRECTED_{i}": int(segment.corrections and segment.bits != 16),
             f"AT_ONCE_{i}": rows,
         }
     described = {name: str(value) for name, value in macros.items()} | _prologue_macros(prologue)

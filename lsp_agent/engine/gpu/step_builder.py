@@ -126,7 +126,7 @@ class StepBuilder:
             if isinstance(weight, Extent):  # [columns, rows] in fp32: the gate of a shared expert
                 segments.append(Segment(weight.shape[1], 16))
                 half = self.package.array(weight).astype(np.float16)
-                pointers += [self.weights.constant(f"{name}.half", half), 0, 0]
+                pointers += [self.weights.constant(f"{name}.half", half), 0, 0, 0]
                 continue
             assert isinstance(weight, Linear)
             columns = weight.columns
@@ -134,15 +134,15 @@ class StepBuilder:
                 known = f"{name}.{index}"
                 if part.format is None:
                     segments.append(Segment(part.rows, 16))
-                    pointers += [self.weights.address(known), 0, 0]
+                    pointers += [self.weights.address(known), 0, 0, 0]
                     continue
-                if part.corrections is not None or part.format.element != "int":
-                    raise NoKernel(f"{name} has corrections")
-                zero_points = part.zero_points is not None
+                if part.format.element != "int":
+                    raise NoKernel(f"{name} holds 4-bit floats")
+                zeros, corrections = part.zero_points is not None, part.corrections is not None
                 bits: Literal[4, 8] = 4 if part.format.bits == 4 else 8
-                segments.append(Segment(part.rows, bits, part.format.block, True, zero_points))
-                names = [f"{known}.codes", f"{known}.scales", *([f"{known}.zero_points"] if zero_points else [])]
-                pointers += [*map(self.weights.address, names), *([] if zero_points else [0])]
+                segments.append(Segment(part.rows, bits, part.format.block, True, zeros, corrections))
+                fields = {"codes": True, "scales": True, "zero_points": zeros, "corrections": corrections}
+                pointers += [self.weights.address(f"{known}.{f}") if there else 0 for f, there in fields.items()]
         return segments, columns, pointers
 
     def rows(self, linears: Sequence[str]) -> int:

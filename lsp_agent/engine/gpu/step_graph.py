@@ -145,8 +145,9 @@ def _mixture(graph: StepBuilder, layer: MoeMlp, prefix: str, residual: str, delt
     if layer.shared:
         linears += [f"{router}{SHARED}", *(f"{prefix}.ffn_{part}{SHARED}" for part in ("gate", "up"))]
         (segment, *others), _, shared_down = graph.segments([f"{prefix}.ffn_down{SHARED}"])
-        if others:
-            raise NoKernel(f"{prefix}.ffn_down{SHARED} has parts of several formats")
+        if others or segment.corrections:
+            raise NoKernel(f"{prefix}.ffn_down{SHARED} has parts of several formats, or corrections")
+        shared_down = shared_down[:3]  # codes, scales and zero points
         shared = SharedExpert(segment, layer.experts.shared_intermediate, sizes.count + 1, sizes.count)
     r, residual, normed = graph.normed(residual, delta, f"{prefix}.ffn_norm", linears, normed=True)
     stride, form, batch = graph.rows(linears), _expert_form(graph, gate_up, down), graph.batch

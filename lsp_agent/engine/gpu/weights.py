@@ -29,9 +29,10 @@ _DEQUANTISED_ROWS = 4096
 class DeviceWeights:
     """Loads every weight of a package once; nothing is shared between weights, even if the package shares it on disk.
 
-    Weights are found by the names that `CudaGraph` gives its initialisers: `blk.0.attn_qkv.1.codes`, `.scales` (fp16),
-    `.zero_points` and `.corrections` (fp16) of the second part of a linear, `blk.0.ffn_gate_inp.0` of a part that is dense (fp16 [columns,
-    rows]), `blk.0.attn_norm` of a vector (fp32), `blk.0.experts_down.codes` of the experts.
+    Weights are found by the names that `CudaGraph` gives its initialisers: of the second part of a linear
+    `blk.0.attn_qkv.1.codes`, `.zero_points`, `.scales` and `.corrections` (fp16 [rows, blocks]), `blk.0.ffn_gate_inp.0`
+    of a part that is dense (fp16 [columns, rows]), `blk.0.attn_norm` of a vector (fp32), `blk.0.experts_down.codes` of
+    the experts.
     """
 
     def __init__(

@@ -19,14 +19,19 @@ class Matrix:
     codes: Array
     scales: Array | None
     zero_points: Array | None
+    corrections: Array | None
     values: Array
+
+    @property
+    def pointers(self) -> list[Array | None]:
+        return [self.codes, self.scales, self.zero_points, self.corrections]
 
 
 def matrix(segment: Segment, columns: int, random: np.random.Generator) -> Matrix:
     """A random matrix of the segment's format."""
     if segment.bits == 16:
         dense = (random.standard_normal((columns, segment.rows)) / 8).astype(np.float16)
-        return Matrix(dense, None, None, dense.T.astype(np.float32))
+        return Matrix(dense, None, None, None, dense.T.astype(np.float32))
     blocks, most = columns // segment.block, 1 << segment.bits
     codes = random.integers(0, most, (segment.rows, blocks, segment.block)).astype(np.uint8)
     dtype = np.float16 if segment.half_scales else np.float32
@@ -35,9 +40,14 @@ def matrix(segment: Segment, columns: int, random: np.random.Generator) -> Matri
     if segment.zero_points:
         zeros = random.integers(0, most, zeros.shape).astype(np.uint8)
     values = (codes.astype(np.float32) - zeros[..., None]) * scales[..., None].astype(np.float32)
+    corrections = None
+    if segment.corrections:
+        corrections = (scales * random.uniform(-0.5, 0.5, scales.shape)).astype(dtype)
+        values += corrections[..., None].astype(np.float32)
     packed = codes if segment.bits == 8 else _nibbles(codes)
     packed_zeros = zeros if segment.bits == 8 else _nibbles(np.pad(zeros, ((0, 0), (0, blocks % 2))))
-    return Matrix(packed, scales, packed_zeros if segment.zero_points else None, values.reshape(segment.rows, columns))
+    zero_points = packed_zeros if segment.zero_points else None
+    return Matrix(packed, scales, zero_points, corrections, values.reshape(segment.rows, columns))
 
 
 def _nibbles(codes: Array) -> Array:

@@ -52,7 +52,7 @@ def check_project(
     y = np.full((batch, rows), np.nan, np.float16 if out_half else np.float32)
     further = [np.full_like(output, np.nan) for output in given.outputs]
     launch = project(prologue, segments, columns, batch, out_half, tuning, multiprocessors)
-    weights = [array for m in matrices for array in (m.codes, m.scales, m.zero_points)]
+    weights = [array for m in matrices for array in m.pointers]
     KERNELS[order].run(launch, *given.inputs, y, *further, given.weight, *weights, offsets)
     expected = given.x @ np.concatenate([m.values for m in matrices]).T + (0 if offsets is None else offsets)
     values = np.concatenate([m.values for m in matrices])
@@ -85,6 +85,18 @@ def test_every_prologue(prologue: Prologue) -> None:
 def test_every_format(bits: Literal[4, 8], block: int, batch: int) -> None:
     segments = [Segment(17, bits, block, half, zero) for half in (False, True) for zero in (False, True)]
     check_project(Plain(), segments, 384, batch)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_corrections(batch: int) -> None:
+    segments = [Segment(17, 4, 32, half, zero, True) for half in (False, True) for zero in (False, True)]
+    check_project(Plain(), segments, 384, batch)
+    check_project(
+        Plain(),
+        [Segment(9, 8, 16, True, True, True), Segment(20, 8, 32), Segment(5, 4, 16, True, True, True)],
+        416,
+        batch,
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
@@ -131,9 +143,7 @@ def test_large_activations_do_not_overflow() -> None:
     weights = matrix(segment, columns, np.random.default_rng(0))
     weights.codes[:] = 255
     x, y = np.full((1, columns), 2000, np.float32), np.zeros((1, 8), np.float32)
-    KERNELS["forwards"].run(
-        project(Plain(), [segment], columns, 1), x, y, None, weights.codes, weights.scales, None, None
-    )
+    KERNELS["forwards"].run(project(Plain(), [segment], columns, 1), x, y, None, *weights.pointers, None)
     assert weights.scales is not None
     expected = 127 * 2000 * weights.scales.sum(1) * segment.block
     np.testing.assert_allclose(y[0], expected, rtol=2e-3)

@@ -4,8 +4,11 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from emulator import EmulatedKernels
+from gguf import GGMLQuantizationType as Type
+from random_gguf import Sizes, random_gguf
 
 from lsp_agent.engine.architectures import architecture
+from lsp_agent.engine.checkpoints.importing import import_checkpoint
 from lsp_agent.engine.cuda_graph import CudaGraph
 from lsp_agent.engine.decoder import build_decoder
 from lsp_agent.engine.device import CpuDevice
@@ -16,6 +19,7 @@ from lsp_agent.engine.gpu.step_builder import StepBuilder
 from lsp_agent.engine.gpu.step_graph import build_step
 from lsp_agent.engine.gpu.steps import StepRunner
 from lsp_agent.engine.gpu.weights import DeviceWeights
+from lsp_agent.engine.package import Package
 from lsp_agent.engine.session import Decoder
 from lsp_agent.engine.state import State
 
@@ -90,6 +94,17 @@ def test_a_dense_model_says_what_the_exact_graph_says(decoder, gpu_package, name
 def test_a_mixture_says_what_the_exact_graph_says(decoder, gpu_package, name, scheme):
     emulated = decoder(name, scheme)
     assert_close(emulated.read(TOKENS, emulated.new_state()), exact(gpu_package(name, scheme), TOKENS))
+
+
+@pytest.mark.parametrize("architecture_name", ["qwen2", "qwen3"])
+def test_a_gguf_file_of_k_quants_says_what_the_exact_graph_says(kernels, tmp_path, architecture_name):
+    """Blocks with corrections, of 4 and 5 bits, beside blocks of 16 columns, within one projection, too."""
+    kinds = {"": Type.Q4_K, "attn_v": Type.Q6_K, "attn_k": Type.Q5_K, "ffn_up": Type.Q5_K, "ffn_down": Type.Q6_K}
+    made = random_gguf(architecture_name, kinds | {"token_embd": Type.Q6_K}, sizes=Sizes(layers=2), tied=True)
+    import_checkpoint(made.write(tmp_path / "k.gguf"), tmp_path / "package")
+    package = Package(tmp_path / "package")
+    emulated = EmulatedDecoder(package, kernels)
+    assert_close(emulated.read(TOKENS, emulated.new_state()), exact(package, TOKENS))
 
 
 @pytest.mark.parametrize("slots", [5, 40])

@@ -3,11 +3,12 @@
 // An item is AT_ONCE rows of one segment. A warp takes items, its lanes 16 bytes of codes at a time (a chunk) along the
 // columns. A warp holds BUFFER chunks for each lane: the first ones are asked for before the activations are there,
 // the next ones while it computes. Products are summed in fp16 for TERMS terms, then in fp32; codes count as fractions
-// of 1 there (code / 8 or / 128), so that these sums do not overflow before activations of thousands.
+// of 1 there (code / 8 or / 128), so that these sums do not overflow before activations of thousands. Corrections, one
+// added to every value of a block, are multiplied with the block's sum of activations, which a warp's rows share.
 //
 // Macros: BATCH, COLUMNS, THREADS, BLOCKS (the grid), BUFFER, TERMS (4, 8 or 16), OUT_HALF, SEGMENTS; of each segment
-// s: ROWS_s, BITS_s (4, 8, or 16: floats, [COLUMNS, ROWS]), BLOCK_s, SCALE_HALF_s, ZERO_s, AT_ONCE_s; PROLOGUE, and what
-// it needs (prologue.cuh): DELTA, WRITE_NORMED, EPSILON, HEAD, P_STRIDE, Z_OFFSET.
+// s: ROWS_s, BITS_s (4, 8, or 16: floats, [COLUMNS, ROWS]), BLOCK_s, SCALE_HALF_s, ZERO_s, CORRECTED_s, AT_ONCE_s; PROLOGUE,
+// and what it needs (prologue.cuh): DELTA, WRITE_NORMED, EPSILON, HEAD, P_STRIDE, Z_OFFSET.
 
 #include "common.cuh"
 #include "prologue.cuh"
@@ -30,12 +31,21 @@ __host__ __device__ constexpr int power_of_two(int least) {
 constexpr int SUMS = power_of_two(MOST_ROWS * BATCH);
 static_assert(SUMS <= WARP, "a lane for each sum");
 
-// What a lane has of its warp's rows and tile: chunks, and their scales and zero points as they are stored.
+// What a lane has of its warp's rows and tile: chunks, and their scales, zero points and corrections as they are stored.
 struct Buffer {
     uint4 codes[BUFFER];
     unsigned scales[BUFFER][SCALES];
     unsigned zero_points[BUFFER][SCALES];
+    unsigned corrections[BUFFER][SCALES];
 };
+
+// A float of a block, fp16 or fp32, as its bits, and what they stand for.
+template <class S> __device__ __forceinline__ unsigned load_float(const void *all, long long index) {
+    return S::scale_half ? __ldg((const unsigned short *)all + index) : __ldg((const unsigned *)all + index);
+}
+template <class S> __device__ __forceinline__ float to_float(unsigned bits) {
+    return S::scale_half ? __half2float(__ushort_as_half((unsigned short)bits)) : __uint_as_float(bits);
+}
 
 template <class S> __device__ __forceinline__ int chunk_of(int tile, int i) {
     return (tile * S::held + i) * WARP + threadIdx.x % WARP;
@@ -54,10 +64,8 @@ template <class S> __device__ __forceinline__ void load(Buffer &buffer, const We
             for (int s = 0; s < S::scales; ++s) {
                 const int block = (chunk * S::values) / S::block + s;
                 const long long index = (long long)row * S::blocks + block;
-                if (S::scale_half)
-                    buffer.scales[slot][s] = __ldg((const unsigned short *)weights.scales + index);
-                else
-                    buffer.scales[slot][s] = __ldg((const unsigned *)weights.scales + index);
+                buffer.scales[slot][s] = load_float<S>(weights.scales, index);
+                if (S::corrected) buffer.corrections[slot][s] = load_float<S>(weights.corrections, index);
                 if (S::zero && S::bits == 4) {
                     const long long place = (long long)row * ((S::blocks + 1) / 2) + block / 2;
                     buffer.zero_points[slot][s] = __ldg(weights.zero_points + place);
@@ -116,9 +124,7 @@ __device__ __forceinline__ void decode(const Buffer &buffer, int slot, int chunk
 }
 
 template <class S> __device__ __forceinline__ float scale_of(const Buffer &buffer, int slot, int piece) {
-    if (S::bits == 16) return 1.0f;
-    const unsigned bits = buffer.scales[slot][S::scale_of(piece)];
-    return S::scale_half ? __half2float(__ushort_as_half((unsigned short)bits)) : __uint_as_float(bits);
+    return S::bits == 16 ? 1.0f : to_float<S>(buffer.scales[slot][S::scale_of(piece)]);
 }
 
 // A piece's products with a token's groups, added up in fp16, and the two halves in fp32.
@@ -133,6 +139,18 @@ template <int PIECE> __device__ __forceinline__ float dot(const __half2 (&w)[4 *
     }
     const float2 both = __half22float2(sum);
     return both.x + both.y;
+}
+
+// The sum of a piece's activations, in pairs as far as fp16 holds it.
+template <int PIECE> __device__ __forceinline__ float total(const uint4 (&x)[PIECE]) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int g = 0; g < PIECE; ++g) {
+        const float2 first = __half22float2(__hadd2(as_half2(x[g].x), as_half2(x[g].y)));
+        const float2 second = __half22float2(__hadd2(as_half2(x[g].z), as_half2(x[g].w)));
+        sum += (first.x + first.y) + (second.x + second.y);
+    }
+    return sum;
 }
 
 // Floats by columns: a lane takes every 32nd column of AT_ONCE neighbouring rows.
@@ -174,11 +192,15 @@ __device__ __forceinline__ void compute(const Buffer &buffer, const Weights &wei
 #pragma unroll
             for (int piece = 0; piece < CHUNK_GROUPS / PIECE; ++piece) {
                 __half2 w[S::at_once][4 * PIECE];
-                float scales[S::at_once];
+                float scales[S::at_once], corrections[S::at_once];
 #pragma unroll
                 for (int r = 0; r < S::at_once; ++r) {
                     decode<S>(buffer, r * S::held + i, chunk, piece, w[r]);
                     scales[r] = inside ? scale_of<S>(buffer, r * S::held + i, piece) : 0.0f;
+                    if constexpr (S::corrected) {
+                        const unsigned bits = buffer.corrections[r * S::held + i][S::scale_of(piece)];
+                        corrections[r] = inside ? to_float<S>(bits) / S::unit : 0.0f;
+                    }
                 }
 #pragma unroll
                 for (int b = 0; b < BATCH; ++b) {
@@ -189,6 +211,11 @@ __device__ __forceinline__ void compute(const Buffer &buffer, const Weights &wei
 #pragma unroll
                     for (int r = 0; r < S::at_once; ++r)
                         sums[r * BATCH + b] += scales[r] * dot<PIECE>(w[r], groups);
+                    if constexpr (S::corrected) {
+                        const float sum = total<PIECE>(groups);
+#pragma unroll
+                        for (int r = 0; r < S::at_once; ++r) sums[r * BATCH + b] += corrections[r] * sum;
+                    }
                 }
             }
         }
@@ -235,7 +262,8 @@ __device__ __forceinline__ void prefetch_bias(const float *bias) {
 }
 
 #define SEGMENT_PARAMETERS(s)                                                                                          \
-    , const unsigned char *codes_##s, const void *scales_##s, const unsigned char *zero_points_##s
+    , const unsigned char *codes_##s, const void *scales_##s, const unsigned char *zero_points_##s,                    \
+        const void *corrections_##s
 extern "C" __global__ void __launch_bounds__(THREADS)
 project(
 #if PROLOGUE == NORM
@@ -271,15 +299,15 @@ project(
     DYNAMIC_SHARED(shared);
     uint4 *const x = (uint4 *)shared;
     const Weights weights[SEGMENTS] = {
-        {codes_0, scales_0, zero_points_0},
+        {codes_0, scales_0, zero_points_0, corrections_0},
 #if SEGMENTS > 1
-        {codes_1, scales_1, zero_points_1},
+        {codes_1, scales_1, zero_points_1, corrections_1},
 #endif
 #if SEGMENTS > 2
-        {codes_2, scales_2, zero_points_2},
+        {codes_2, scales_2, zero_points_2, corrections_2},
 #endif
 #if SEGMENTS > 3
-        {codes_3, scales_3, zero_points_3},
+        {codes_3, scales_3, zero_points_3, corrections_3},
 #endif
     };
     int item = blockIdx.x + BLOCKS * (threadIdx.x / WARP), tile = 0;

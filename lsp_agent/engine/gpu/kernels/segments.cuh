@@ -8,15 +8,17 @@ struct Weights {
     const unsigned char *codes;
     const void *scales;
     const unsigned char *zero_points;
+    const void *corrections;
 };
 
 __host__ __device__ constexpr int largest(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int smallest(int a, int b) { return a < b ? a : b; }
 
-template <int ROWS, int BITS, int BLOCK, int SCALE_HALF, int ZERO, int AT_ONCE, int FIRST_ROW, int FIRST_ITEM>
+template <int ROWS, int BITS, int BLOCK, int SCALE_HALF, int ZERO, int CORRECTED, int AT_ONCE, int FIRST_ROW,
+          int FIRST_ITEM>
 struct Segment {
     static constexpr int rows = ROWS, bits = BITS, block = BLOCK, at_once = AT_ONCE, first_row = FIRST_ROW;
-    static constexpr bool scale_half = SCALE_HALF, zero = ZERO;
+    static constexpr bool scale_half = SCALE_HALF, zero = ZERO, corrected = CORRECTED;
     static constexpr bool by_columns = BITS == 16 && ROWS > 1; // floats whose rows do not lie in a piece
     static constexpr int values = 128 / BITS, chunks = COLUMNS / values; // of a chunk; of a row
     static constexpr int each = (chunks + WARP - 1) / WARP;              // chunks of a row for each lane
@@ -37,7 +39,8 @@ struct Segment {
     static_assert(by_columns || AT_ONCE <= BUFFER, "a warp holds a chunk of each row");
 };
 
-#define SEGMENT(s, row, item) Segment<ROWS_##s, BITS_##s, BLOCK_##s, SCALE_HALF_##s, ZERO_##s, AT_ONCE_##s, row, item>
+#define SEGMENT(s, row, item)                                                                                          \
+    Segment<ROWS_##s, BITS_##s, BLOCK_##s, SCALE_HALF_##s, ZERO_##s, CORRECTED_##s, AT_ONCE_##s, row, item>
 typedef SEGMENT(0, 0, 0) Segment0;
 #define LAST Segment0
 #if SEGMENTS > 1

@@ -44,8 +44,8 @@ SMALL = {
     **COMMON, **MOE, **NEXT, "model_type": "qwen3_next", "num_hidden_layers": 2, "attention_bias": False,
     "layer_types": ["linear_attention", "full_attention"], "hidden_size": 128, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 64, "linear_num_key_heads": 1, "linear_num_value_heads": 2,
-    "linear_key_head_dim": 32, "linear_value_head_dim": 32, "num_experts": 24, "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": 64, "vocab_size": 288,
+    "linear_key_head_dim": 32, "linear_value_head_dim": 32, "num_experts": 64, "num_experts_per_tok": 10,
+    "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
 }  # fmt: skip
 """One block of each kind, too small for ONNX Runtime's kernels on a GPU: for thousands of emulated launches."""
 

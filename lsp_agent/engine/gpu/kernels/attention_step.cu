@@ -22,11 +22,17 @@
 #define TILE (WARPS * TOKENS)
 #define CHUNKS (HEAD / 32) // loads of a key: four lanes of 8 dimensions each
 #define STRIPS (HEAD / 64) // loads of a value: eight lanes
-#define COLUMNS ((HEAD + WARP - 1) / WARP)
+// Half a warp prepares a query, or the key, where whole ones would not do at once.
+#define LANES (PART < WARPS ? WARP : WARP / 2)
+#define SLOTS (THREADS / LANES)
+#define NEW ((HEAD / 2 + THREADS - 1) / THREADS) // pairs of the new key and value for each thread
+#define PAIRS (HEAD / 2 / LANES)
+#define TURNED (ROTARY ? (ROTARY / 2 + LANES - 1) / LANES : 1)
 #define LOWEST -1e30f // finite, so that no difference is NaN
 #define LOADS 16 // of results at a time, when a block puts the stretches together
 
-constexpr int ROUND = PART * HEAD > 1024 ? (PART + 1) / 2 : PART; // heads merged at a time
+constexpr int FITTING = 8192 / (WARPS * HEAD) > 0 ? 8192 / (WARPS * HEAD) : 1;
+constexpr int ROUND = PART < FITTING ? PART : FITTING; // heads merged at a time
 constexpr int STAGED = (WARPS * ROUND > PART + 1 ? WARPS * ROUND : PART + 1) * HEAD;
 static_assert(HEAD % 64 == 0 && PART <= 8 && WARPS <= WARP && LEAST % TILE == 0, "sizes");
 
@@ -40,29 +46,54 @@ __device__ __forceinline__ void unpack(uint4 bits, float *values) {
     }
 }
 
-// One head's query or key in `prepared`: normalised and rotated. The lanes of a warp do it together.
-__device__ __forceinline__ void prepare(const float *source, const float *norm, const __half *cosines,
-                                        const __half *sines, float *prepared) {
-    const int lane = lane_index();
-    float x[COLUMNS], square = 0.0f;
+// A query's or key's share of a group of LANES lanes: pairs of columns, and the rotations that they do.
+struct Head {
+    float2 x[PAIRS], norm[PAIRS];
+    __device__ __forceinline__ void load_norm(const float *from, int lane) {
 #pragma unroll
-    for (int i = 0; i < COLUMNS; i++) {
-        const int column = i * WARP + lane;
-        x[i] = column < HEAD ? source[column] : 0.0f;
-        square += x[i] * x[i];
+        for (int i = 0; i < PAIRS; i++) norm[i] = QK_NORM ? ((const float2 *)from)[i * LANES + lane] : float2{1.0f, 1.0f};
     }
-    const float scale = QK_NORM ? rsqrtf(warp_sum(square) / HEAD + EPSILON) : 1.0f;
+    __device__ __forceinline__ void load(const float *from, int lane) {
 #pragma unroll
-    for (int i = 0; i < COLUMNS; i++) {
-        const int column = i * WARP + lane;
-        if (column < HEAD) prepared[column] = x[i] * scale * (QK_NORM ? norm[column] : 1.0f);
+        for (int i = 0; i < PAIRS; i++) x[i] = __ldcg((const float2 *)from + i * LANES + lane);
+    }
+};
+
+struct Rotation {
+    float cosines[TURNED], sines[TURNED];
+    __device__ __forceinline__ void load(const __half *c, const __half *s, int lane) {
+#pragma unroll
+        for (int i = 0; i < TURNED; i++) {
+            const int at = i * LANES + lane < ROTARY / 2 ? i * LANES + lane : 0;
+            cosines[i] = ROTARY ? __half2float(c[at]) : 1.0f, sines[i] = ROTARY ? __half2float(s[at]) : 0.0f;
+        }
+    }
+};
+
+// Normalise and rotate it, in `prepared` where `present`. All lanes of a warp do it together.
+__device__ __forceinline__ void prepare(const Head &head, const Rotation &rotation, int lane, bool present,
+                                        float *prepared) {
+    float square = 0.0f;
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) square += head.x[i].x * head.x[i].x + head.x[i].y * head.x[i].y;
+    const float scale = QK_NORM ? rsqrtf(warp_sum<LANES>(square) / HEAD + EPSILON) : 1.0f;
+    if (present) {
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++)
+            ((float2 *)prepared)[i * LANES + lane] =
+                make_float2(head.x[i].x * scale * head.norm[i].x, head.x[i].y * scale * head.norm[i].y);
     }
     __syncwarp();
-    for (int i = lane; i < ROTARY / 2; i += WARP) {
-        const float c = __half2float(cosines[i]), s = __half2float(sines[i]);
-        const float first = prepared[i], second = prepared[i + ROTARY / 2];
-        prepared[i] = first * c - second * s;
-        prepared[i + ROTARY / 2] = second * c + first * s;
+    if (present) {
+#pragma unroll
+        for (int i = 0; i < TURNED; i++) {
+            const int at = i * LANES + lane;
+            if (at < ROTARY / 2) {
+                const float first = prepared[at], second = prepared[at + ROTARY / 2];
+                prepared[at] = first * rotation.cosines[i] - second * rotation.sines[i];
+                prepared[at + ROTARY / 2] = second * rotation.cosines[i] + first * rotation.sines[i];
+            }
+        }
     }
     __syncwarp();
 }
@@ -84,6 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int turns = (last - start) / TILE + 1;
 
     __shared__ __align__(16) float staged[STAGED]; // first the queries, at the end the warps' results
+    __shared__ __align__(16) unsigned newest[2][HEAD / 2]; // the new token's key and value, as the cache holds them
     __shared__ float warp_best[WARPS][8], warp_total[WARPS][8], factors[WARPS][8];
 
     const long long cached = ((long long)sequence * KV_HEADS + kv_head) * capacity * HEAD;
@@ -105,39 +137,50 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     };
     int token = start + warp * TOKENS;
-    // Earlier steps wrote what the cache holds: only the new token's row must wait.
-    if (!owner) {
-        load_keys(token);
-        load_values(token);
-    }
+    // Earlier steps wrote what the cache holds. Of the new token's row and those after it, whatever lies there is read.
+    load_keys(token);
+    load_values(token);
+    const int slot = threadIdx.x / LANES, place = threadIdx.x % LANES;
+    Rotation rotation;
+    rotation.load(cosines + (long long)position * (ROTARY / 2), sines + (long long)position * (ROTARY / 2), place);
+    Head head;
+    head.load_norm(slot < PART ? query_norm : key_norm, place);
 
     grid_launch_dependents();
     grid_dependency_wait();
 
     const float *projected = p + (long long)sequence * P_STRIDE;
-    const __half *turned_c = cosines + (long long)position * (ROTARY / 2);
-    const __half *turned_s = sines + (long long)position * (ROTARY / 2);
-    const long long new_row = cached + (long long)position * HEAD;
-    for (int item = warp; item < PART + owner; item += WARPS) {
-        float *prepared = staged + item * HEAD;
-        if (item < PART) {
-            // Past the end of the group the last head is computed again.
-            const int of_group = part * PART + item < GROUP ? part * PART + item : GROUP - 1;
-            const float *query = projected + (kv_head * GROUP + of_group) * QUERY_STRIDE;
-            prepare(query, query_norm, turned_c, turned_s, prepared);
-        } else {
-            prepare(projected + KEYS_AT + kv_head * HEAD, key_norm, turned_c, turned_s, prepared);
-            for (int i = lane_index(); i < HEAD; i += WARP) key_cache[new_row + i] = __float2half(prepared[i]);
-        }
+    float2 new_value[NEW];
+#pragma unroll
+    for (int i = 0; i < NEW; i++) {
+        const int pair = i * THREADS + threadIdx.x;
+        if (owner && pair < HEAD / 2)
+            new_value[i] = __ldcg((const float2 *)(projected + VALUES_AT + kv_head * HEAD) + pair);
     }
-    if (owner) {
-        const float *value = projected + VALUES_AT + kv_head * HEAD;
-        for (int i = threadIdx.x; i < HEAD; i += THREADS) value_cache[new_row + i] = __float2half(value[i]);
+#pragma unroll 1
+    for (int first = 0; first < PART + owner; first += SLOTS) {
+        const int item = first + slot;
+        // Past the end of the group the last head is computed again.
+        const int of_group = part * PART + item < GROUP ? part * PART + item : GROUP - 1;
+        const int query_at = (kv_head * GROUP + of_group) * QUERY_STRIDE;
+        head.load(projected + (item < PART ? query_at : KEYS_AT + kv_head * HEAD), place);
+        if (first > 0) head.load_norm(item < PART ? query_norm : key_norm, place);
+        prepare(head, rotation, place, item < PART + owner, staged + item * HEAD);
     }
     __syncthreads();
-    if (owner) {
-        load_keys(token);
-        load_values(token);
+    if (owner) { // all of the block's threads, or none
+#pragma unroll
+        for (int i = 0; i < NEW; i++) {
+            const int pair = i * THREADS + threadIdx.x;
+            if (pair >= HEAD / 2) break;
+            const float2 key = ((const float2 *)(staged + PART * HEAD))[pair];
+            newest[0][pair] = as_bits(__floats2half2_rn(key.x, key.y));
+            newest[1][pair] = as_bits(__floats2half2_rn(new_value[i].x, new_value[i].y));
+            const long long at = (cached + (long long)position * HEAD) / 2 + pair;
+            ((unsigned *)key_cache)[at] = newest[0][pair];
+            ((unsigned *)value_cache)[at] = newest[1][pair];
+        }
+        __syncthreads();
     }
 
     // Which dimension is which column of a product is free, as long as queries and keys agree: 16 bytes of each.
@@ -154,6 +197,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float sums[STRIPS][4][4] = {};
     float best = LOWEST, total = 0.0f; // of head `row`
     for (int turn = 0; turn < turns; turn++, token += TILE) {
+        if (owner && turn == turns - 1) {
+#pragma unroll
+            for (int c = 0; c < CHUNKS; c++)
+                if (token + row >= position) keys[c] = ((const uint4 *)newest[0])[c * 4 + column];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+#pragma unroll
+                for (int s = 0; s < STRIPS; s++)
+                    if (token + 2 * column + i >= position) values[s][i] = ((const uint4 *)newest[1])[s * 8 + row];
+            }
+        }
         float scores[2][4] = {};
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) {
@@ -268,10 +322,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
     __shared__ int is_last;
     if (threadIdx.x == 0) {
-        __threadfence();
-        is_last = atomicAdd(&counters[of_heads], 1) == active - 1;
+        is_last = arrive(&counters[of_heads]) == active - 1;
         if (is_last) counters[of_heads] = 0;
-        __threadfence();
     }
     __syncthreads();
     if (!is_last) return;

@@ -112,6 +112,20 @@ __device__ __forceinline__ void copies_wait(int groups) {
 #endif
 }
 
+// ---- Counting blocks ----
+
+// Count one more at `counter`, in one thread of a block, between barriers; returns the count before. What the block wrote
+// before is visible to the blocks that count later, after the barrier that follows.
+__device__ __forceinline__ int arrive(int *counter) {
+#ifdef __CUDA_ARCH__
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+#else
+    return atomicAdd(counter, 1);
+#endif
+}
+
 // ---- Threads ----
 
 __device__ __forceinline__ int block_threads() { return blockDim.x * blockDim.y * blockDim.z; }

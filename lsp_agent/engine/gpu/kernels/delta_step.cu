@@ -96,14 +96,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const float decay = expf(rate * (step > 20.0f ? step : log1pf(expf(step))));
 
     __syncthreads();
-    // Whoever reads the key head's q and k last puts their windows into the ring: in place (a ring of one), a block
-    // that wrote them earlier would shift them under the others.
+    // In place (a ring of one), whoever reads the key head's q and k last puts their windows into the ring: a block that
+    // wrote them earlier would shift them under the others.
+    const bool in_place = turn == next_turn;
     int arrived = 0;
     int *counter = counters + sequence * KEY_HEADS + key_head;
-    if (threadIdx.x == 0) {
-        __threadfence();
-        arrived = atomicAdd(counter, 1);
-    }
+    if (in_place && threadIdx.x == 0) arrived = arrive(counter);
 
     float4 query[VECTORS], key[VECTORS];
     float query_square = 0.0f, key_square = 0.0f, query_key = 0.0f;
@@ -143,18 +141,21 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     }
 
-    __shared__ int is_last;
-    if (threadIdx.x == 0) {
-        is_last = arrived == READERS - 1;
-        if (is_last) *counter = 0;
-        __threadfence();
+    bool writer = head % SERVED == 0 && blockIdx.x == 0;
+    if (in_place) {
+        __shared__ int is_last;
+        if (threadIdx.x == 0) {
+            is_last = arrived == READERS - 1;
+            if (is_last) *counter = 0;
+        }
+        __syncthreads();
+        writer = is_last;
     }
-    __syncthreads();
     __half *present_window = conv_ring + (next_turn * BATCH + sequence) * (CONV - 1) * CHANNELS;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         const int index = i * THREADS + threadIdx.x;
-        if (index < CONVOLVED && (index >= 2 * KEY_SIZE || is_last)) {
+        if (index < CONVOLVED && (index >= 2 * KEY_SIZE || writer)) {
             const int channel = channel_of(index, key_head, first_value);
 #pragma unroll
             for (int tap = 0; tap < CONV - 2; tap++) present_window[tap * CHANNELS + channel] = window[i][tap + 1];

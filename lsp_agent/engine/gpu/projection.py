@@ -161,7 +161,7 @@ def embed(hidden: int, batch: int, dtype: Literal["float16", "bfloat16", "float3
     return Launch("embed", tuple(macros.items()), (batch, 1, 1), (threads, 1, 1))
 
 
-def candidates(vocabulary: int, batch: int, best: int, blocks: int = 64) -> Launch:
+def candidates(vocabulary: int, batch: int, best: int, blocks: int = 32) -> Launch:
     """The `best` largest logits of each token, descending, ties to the lower id, and the log-sum-exp of all.
 
     Input: logits (fp32 [batch, vocabulary], no NaNs). Outputs: values (fp32 [batch, best]), ids (int32 [batch, best]),
@@ -174,7 +174,7 @@ def candidates(vocabulary: int, batch: int, best: int, blocks: int = 64) -> Laun
     return Launch("candidates", described, (blocks, batch, 1), (CANDIDATES_THREADS, 1, 1))
 
 
-def candidates_scratch(vocabulary: int, batch: int, best: int, blocks: int = 64) -> tuple[int, int, int]:
+def candidates_scratch(vocabulary: int, batch: int, best: int, blocks: int = 32) -> tuple[int, int, int]:
     """The shape of the scratch (fp32) of `candidates`."""
     return batch, _candidates_blocks(vocabulary, blocks), 2 * best + 2
 

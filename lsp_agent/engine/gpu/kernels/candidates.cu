@@ -18,7 +18,7 @@ constexpr int EACH = (PIECES + BLOCKS - 1) / BLOCKS;              // logits of a
 constexpr int EACH_FOUND = (BLOCKS * BEST + THREADS - 1) / THREADS; // keys of a thread of the last block
 constexpr int MOST_EACH = EACH > EACH_FOUND ? EACH : EACH_FOUND;
 constexpr int KEPT = (BEST < THREADS ? BEST : THREADS) * MOST_EACH;
-static_assert(BEST <= THREADS && (KEPT + THREADS) * 16 < 46 * 1024, "what is left fits in shared memory");
+static_assert(BEST <= THREADS && BLOCKS <= THREADS && (KEPT + THREADS) * 16 < 46 * 1024, "what is left fits in shared memory");
 
 // NVRTC knows no INFINITY.
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
@@ -106,12 +106,10 @@ candidates(const float *logits, float *values, int *ids, float *log_sum_exp, flo
         __stcg(record + 2 * BEST, maximum);
         __stcg(record + 2 * BEST + 1, sum);
     }
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) last = atomicAdd(counters + token, 1) == BLOCKS - 1;
+    if (threadIdx.x == 0) last = arrive(counters + token) == BLOCKS - 1;
     __syncthreads();
     if (!last) return;
-    __threadfence();
     Key found[EACH_FOUND];
 #pragma unroll
     for (int i = 0; i < EACH_FOUND; ++i) {
@@ -123,15 +121,13 @@ candidates(const float *logits, float *values, int *ids, float *log_sum_exp, flo
             found[i] = (Key)__ldcg(from + 1) << 32 | __ldcg(from);
         }
     }
-    float block_maximum = minus_infinity(), part = 0.0f;
-    for (int block = threadIdx.x; block < BLOCKS; block += THREADS)
-        block_maximum = fmaxf(block_maximum, __ldcg(records + block * RECORD + 2 * BEST));
-    maximum = block_max(block_maximum);
-    for (int block = threadIdx.x; block < BLOCKS; block += THREADS) {
-        const float other = __ldcg(records + block * RECORD + 2 * BEST);
-        if (other > minus_infinity()) part += expf(other - maximum) * __ldcg(records + block * RECORD + 2 * BEST + 1);
+    float other = minus_infinity(), part = 0.0f;
+    if (threadIdx.x < BLOCKS) {
+        other = __ldcg(records + threadIdx.x * RECORD + 2 * BEST);
+        part = __ldcg(records + threadIdx.x * RECORD + 2 * BEST + 1);
     }
-    sum = block_sum(part);
+    maximum = block_max(other);
+    sum = block_sum(other > minus_infinity() ? expf(other - maximum) * part : 0.0f);
     select(found, best);
     for (int i = threadIdx.x; i < BEST; i += THREADS) {
         values[token * BEST + i] = logit_of(best[i]);

@@ -85,3 +85,4 @@ def _regions() -> Iterator[tuple[int, int]]:
 
 
 emulator.EmulatedKernels = CudaKernels  # type: ignore[assignment, misc]
+emulator.ON_GPU = True

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Literal
 
 import numpy as np
 import pytest
-from emulator import EmulatedKernels
+from emulator import EmulatedKernels, thinned
 from projection_references import activations, matrix
 
 from lsp_agent.engine.gpu.projection import (
@@ -27,6 +28,9 @@ from lsp_agent.engine.gpu.projection import (
 )
 
 EPSILON = 1e-6
+FORMATS = [(4, 16), (4, 32), (4, 128), (8, 16), (8, 32)]
+"""Bits and blocks."""
+TUNINGS = [Tuning(buffer=2, terms=4), Tuning(buffer=4, warps=2), Tuning(terms=16, blocks=1)]
 KERNELS = {"forwards": EmulatedKernels(), "backwards": EmulatedKernels(backwards=True)}
 
 
@@ -80,14 +84,19 @@ def test_every_prologue(prologue: Prologue) -> None:
     check_project(prologue, [Segment(40, 4), Segment(9, 8)], 384, 3)
 
 
-@pytest.mark.parametrize("batch", [1, 5])
-@pytest.mark.parametrize(("bits", "block"), [(4, 16), (4, 32), (4, 128), (8, 16), (8, 32)])
+@pytest.mark.parametrize(
+    ("bits", "block", "batch"),
+    thinned(
+        [(bits, block, batch) for bits, block in FORMATS for batch in (1, 5)],
+        [*((bits, block, 1) for bits, block in FORMATS), (4, 128, 2), (8, 16, 2)],
+    ),
+)
 def test_every_format(bits: Literal[4, 8], block: int, batch: int) -> None:
     segments = [Segment(17, bits, block, half, zero) for half in (False, True) for zero in (False, True)]
     check_project(Plain(), segments, 384, batch)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("batch", thinned([1, 3, 8], [1, 3]))
 def test_corrections(batch: int) -> None:
     segments = [Segment(17, 4, 32, half, zero, True) for half in (False, True) for zero in (False, True)]
     check_project(Plain(), segments, 384, batch)
@@ -99,7 +108,7 @@ def test_corrections(batch: int) -> None:
     )
 
 
-@pytest.mark.parametrize("batch", [1, 2, 8])
+@pytest.mark.parametrize("batch", thinned([1, 2, 8], [1, 8]))
 def test_segments_of_all_kinds_in_one_launch(batch: int) -> None:
     segments = [Segment(70, 4, 32), Segment(33, 8, 64, zero_points=True), Segment(1, 16), Segment(18, 16)]
     check_project(Norm(EPSILON, delta=True), segments, 256, batch, bias=True)
@@ -120,9 +129,10 @@ def test_floats_need_no_blocks() -> None:
     check_project(Plain(), [Segment(5, 16), Segment(1, 16)], 72, 3)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize(
-    "tuning", [Tuning(buffer=2, terms=4), Tuning(buffer=4, warps=2), Tuning(terms=16, blocks=1)], ids=str
+    ("tuning", "batch"),
+    thinned(product(TUNINGS, (1, 4)), zip(TUNINGS, (4, 1, 1), strict=True)),
+    ids=str,
 )
 def test_every_tuning(tuning: Tuning, batch: int) -> None:
     check_project(Norm(EPSILON, delta=True), [Segment(150, 4), Segment(35, 8)], 1024, batch, tuning=tuning)

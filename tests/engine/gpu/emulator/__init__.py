@@ -20,8 +20,10 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -37,6 +39,19 @@ FLAGS = [
 ]
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS.append("-march=x86_64_v3")  # conversions of fp16 in one instruction
+
+
+ON_GPU = False
+"""Whether the tests run on a GPU instead (see `tests/gpu/kernels_on_gpu.py`)."""
+T = TypeVar("T")
+
+
+def thinned(every: Iterable[T], here: Iterable[T]) -> list[T]:
+    """A test's cases: `every` one on a GPU, fewer in the emulator, which takes up to a second for each to compile.
+
+    `here` must still lead through all of the kernel's code.
+    """
+    return list(every if ON_GPU else here)
 
 
 class KernelFailed(Exception):  # noqa: N818 - said as it is

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lsp_agent.engine.gpu.launch import Launch
@@ -15,8 +15,10 @@ MOST_SEGMENTS = 4
 MOST_SHARED = 96 * 1024
 """Bytes of shared memory for activations that every GPU since compute capability 8.0 gives a block."""
 CANDIDATES_THREADS = 256
-ONE_PASS_WARPS = 24
+MOST_WARPS = 24
 """A block of so many still has 80 registers a thread."""
+MOST_PASSES = 2
+"""Items of a warp of a large block."""
 MULTIPROCESSORS = 132
 """Of an H100; other cards lose little by a grid that was sized for it."""
 
@@ -90,13 +92,12 @@ Prologue = Norm | GatedNorm | Gate | Plain | Swiglu
 class Tuning:
     """How `project` spreads its work; every choice gives the same sums up to rounding.
 
-    A warp holds `buffer` pieces of 16 bytes for each lane, from as many rows as fit. `warps` a block at most (0: chosen
-    for the number of rows and tokens), `blocks` in the grid at most (0: as many as multiprocessors). `terms`: how many
-    products are summed in fp16.
+    A warp holds `buffer` pieces of 16 bytes for each lane, from as many rows as fit. `warps` a block at most, `blocks`
+    in the grid at most (0: as many as multiprocessors). `terms`: how many products are summed in fp16.
     """
 
-    buffer: int = 8
-    warps: int = 0
+    buffer: int = 4
+    warps: int = MOST_WARPS
     blocks: int = 0
     terms: Literal[4, 8, 16] = 8
 
@@ -118,13 +119,15 @@ def project(
     or null.
     Raises `ValueError` for what the kernel does not cover, see `supports`.
     """
-    tuning = tuning or Tuning()
     reason = _unsupported(prologue, segments, columns, batch)
     if reason:
         raise ValueError(reason)
+    tuning = tuning or _tuning(segments, columns, batch, multiprocessors)
     at_once = [_rows_at_once(segment, columns, batch, tuning.buffer) for segment in segments]
-    items = sum(-(-segment.rows // rows) for segment, rows in zip(segments, at_once, strict=True))
-    warps, blocks = _grid(items, batch, tuning, multiprocessors)
+    items = _items(segments, columns, batch, tuning.buffer)
+    most_blocks = tuning.blocks or multiprocessors
+    warps = min(tuning.warps, max(2, -(-items // most_blocks)))
+    blocks = min(most_blocks, -(-items // warps))
     macros = {
         "BATCH": batch,
         "COLUMNS": columns,
@@ -210,17 +213,20 @@ def _unsupported(prologue: Prologue, segments: Sequence[Segment], columns: int, 
     return None
 
 
-def _grid(items: int, batch: int, tuning: Tuning, multiprocessors: int) -> tuple[int, int]:
-    """Warps of a block, and blocks. One pass, all of whose weights are asked for at once, where registers allow it."""
-    most_blocks = tuning.blocks or multiprocessors
-    each = max(2, -(-items // most_blocks))
-    warps = min(tuning.warps or ONE_PASS_WARPS, each)
-    if not tuning.warps and (each > ONE_PASS_WARPS or batch > 2):
-        if each > 2 * ONE_PASS_WARPS:
-            warps = 16
-        else:
-            warps, most_blocks = min(8, each), items
-    return warps, min(most_blocks, -(-items // warps))
+def _tuning(segments: Sequence[Segment], columns: int, batch: int, multiprocessors: int) -> Tuning:
+    """What was fastest on an H100: few passes of one large block for each multiprocessor; where there is work for many
+    passes, small blocks, of one token as many as there is work for."""
+    large = Tuning()
+    if _items(segments, columns, batch, large.buffer) <= MOST_PASSES * large.warps * multiprocessors:
+        return large
+    small = Tuning(8, 8, 2 * multiprocessors)
+    if batch > 1:
+        return small
+    return replace(small, blocks=-(-_items(segments, columns, batch, small.buffer) // small.warps))
+
+
+def _items(segments: Sequence[Segment], columns: int, batch: int, buffer: int) -> int:
+    return sum(-(-segment.rows // _rows_at_once(segment, columns, batch, buffer)) for segment in segments)
 
 
 def _rows_at_once(segment: Segment, columns: int, batch: int, buffer: int) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
 
 import numpy as np
 import pytest
-from emulator import EmulatedKernels
+from emulator import EmulatedKernels, thinned
 from expert_references import Mixture, choose
 
 from lsp_agent.engine.gpu.expert_kernels import (
@@ -24,6 +25,8 @@ from lsp_agent.engine.gpu.projection import Segment
 SIZES = ExpertSizes(count=12, used=4, hidden=256, width=128)
 STRIDE = 12 + 3 + 256 + 1
 """Of r: 12 logits, the shared expert's gate up to three places further, its gates and ups, and one more."""
+ROUTED = [(32, 4), (512, 10), (60, 6), (8, 8)]
+"""Experts, and how many of them a token uses."""
 FORMS = {
     "int4": ExpertForm("int"),
     "int4-64": ExpertForm("int", block=64),
@@ -90,8 +93,13 @@ def assert_close(actual, expected):
     assert np.abs(errors).max() < 1.5e-2
 
 
-@pytest.mark.parametrize("normalise", [True, False])
-@pytest.mark.parametrize(("count", "used"), [(32, 4), (512, 10), (60, 6), (8, 8)])
+@pytest.mark.parametrize(
+    ("count", "used", "normalise"),
+    thinned(
+        [(*sizes, normalise) for sizes in ROUTED for normalise in (True, False)],
+        [(*sizes, index % 2 == 0) for index, sizes in enumerate(ROUTED)],
+    ),
+)
 def test_the_experts_of_the_largest_logits_are_chosen(kernels, count, used, normalise):
     random = np.random.default_rng(count)
     r = random.normal(size=(3, count + 5)).astype(np.float32) * 3
@@ -148,11 +156,16 @@ def test_down(kernels, form):
     check_down(kernels, mixture, random, batch=2)
 
 
-@pytest.mark.parametrize("form", ["int4", "mxfp4"])
-@pytest.mark.parametrize("shared", SHARED.values(), ids=SHARED)
+@pytest.mark.parametrize(
+    ("form", "shared"),
+    thinned(
+        product(["int4", "mxfp4"], SHARED),
+        [*product(["int4"], SHARED), *product(["mxfp4"], ["none", "4-bit-zero-points", "dense"])],
+    ),
+)
 def test_shared_experts(kernels, form, shared):
     random = np.random.default_rng(8)
-    mixture = Mixture(random, dataclasses.replace(SIZES, count=4), FORMS[form], shared)
+    mixture = Mixture(random, dataclasses.replace(SIZES, count=4), FORMS[form], SHARED[shared])
     check_down(kernels, mixture, random, batch=1)
 
 
@@ -166,21 +179,26 @@ def check_down(kernels, mixture, random, batch, tuning=None):
     assert_close(run_down(kernels, mixture, act, experts, weights, r, tuning, times=2), expected)
 
 
-TUNINGS = [
-    ExpertTuning(up_rows=4, up_warps=1, down_rows=4, down_warps=8, up_block=32, down_block=32),
-    ExpertTuning(up_rows=16, up_warps=8, down_rows=8, down_warps=4, up_block=128, down_block=256),
-]
+TUNINGS = {
+    "fine": ExpertTuning(up_rows=4, up_warps=1, down_rows=4, down_warps=8, up_block=32, down_block=32),
+    "coarse": ExpertTuning(up_rows=16, up_warps=8, down_rows=8, down_warps=4, up_block=128, down_block=256),
+}
 
 
-@pytest.mark.parametrize("form", ["int4", "int8", "mxfp4"])
-@pytest.mark.parametrize("tuning", TUNINGS, ids=["fine", "coarse"])
+@pytest.mark.parametrize(
+    ("form", "tuning"),
+    thinned(
+        product(["int4", "int8", "mxfp4"], TUNINGS),
+        [("int4", "fine"), ("int8", "coarse"), ("mxfp4", "fine"), ("mxfp4", "coarse")],
+    ),
+)
 def test_other_ways_to_spread_the_work(kernels, form, tuning):
     random = np.random.default_rng(9)
     mixture = Mixture(random, SIZES, FORMS[form], SHARED["8-bit"])
     normed = random.normal(size=(1, SIZES.hidden)).astype(np.float16)
     experts = distinct(random, 1, SIZES)
-    assert_close(run_up(kernels, mixture, normed, experts, tuning), mixture.activations(normed, experts))
-    check_down(kernels, mixture, random, 1, tuning)
+    assert_close(run_up(kernels, mixture, normed, experts, TUNINGS[tuning]), mixture.activations(normed, experts))
+    check_down(kernels, mixture, random, 1, TUNINGS[tuning])
 
 
 @pytest.mark.parametrize("form", ["int4", "int8", "mxfp4"])

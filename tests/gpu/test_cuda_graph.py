@@ -3,8 +3,10 @@
 import gpu_checkpoints
 import numpy as np
 import pytest
+from poisoned_experts import poison
 
 from lsp_agent.engine.gpu.placement import Placement
+from lsp_agent.engine.session import Decoder
 
 pytestmark = pytest.mark.gpu
 
@@ -146,3 +148,24 @@ def test_the_best_tokens_come_without_the_others(decoders):
     assert logits.log_probability(int(tokens[3])) == pytest.approx(values[3] - log_sum, abs=1e-4)
     worst = int(whole.argmin())
     assert logits.log_probability(worst) == pytest.approx(whole[worst] - log_sum, abs=1e-4)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda placement: placement.kind)
+@pytest.mark.parametrize("scheme", ["int4", "int4-asymmetric", "mxfp4"])
+def test_experts_that_are_not_routed_are_not_read(cuda, gpu_package, scheme, placement):
+    package, tokens = gpu_package("qwen3-next-top10", scheme), PROMPT[:3]
+
+    def load(where):
+        decoder = Decoder(package, 1, 64, "fast", cuda, placement=where)
+        return decoder, decoder._gpu._weights
+
+    counted, weights = load(PLACEMENTS[2])
+    expected = step(counted, tokens, counted.new_state(64))
+    uses = weights.experts.counts().uses
+    assert all(0 < (count == 0).sum() < len(count) for count in uses.values())
+    poisoned, weights = load(placement)
+    np.testing.assert_array_equal(step(poisoned, tokens, poisoned.new_state(64)), expected)  # wherever experts lie
+    poison(weights, {name: count == 0 for name, count in uses.items()})
+    np.testing.assert_array_equal(step(poisoned, tokens, poisoned.new_state(64)), expected)
+    poison(weights, {name: count > 0 for name, count in uses.items()})
+    assert np.isnan(step(poisoned, tokens, poisoned.new_state(64))).all()

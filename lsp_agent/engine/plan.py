@@ -178,9 +178,9 @@ def sizes_of(model: Model) -> Sizes:
         elif isinstance(weight, Extent):
             dense[index] += _extent_bytes(weight)
         elif name == HEAD:
-            head += sum(map(_part_bytes, weight.parts))
+            head += sum(map(_linear_part_bytes, weight.parts))
         else:
-            dense[index] += sum(map(_part_bytes, weight.parts))
+            dense[index] += sum(map(_linear_part_bytes, weight.parts))
     return Sizes(
         config,
         embedding,
@@ -214,6 +214,11 @@ def _part_bytes(part: LinearPart) -> int:
     # The graph adds exact corrections, not those rounded to 8 bits.
     extents = {name: extent for name, extent in part.extents().items() if not name.startswith("correction_")}
     return sum(map(_extent_bytes, extents.values()))
+
+
+def _linear_part_bytes(part: LinearPart) -> int:
+    # Prompts want corrections transposed, decode steps do not.
+    return _part_bytes(part) + (_extent_bytes(part.corrections) if part.corrections else 0)
 
 
 def _activations(config: ModelConfig) -> int:

@@ -104,7 +104,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                    const __half *sines, int *counters) {
     const int split = blockIdx.x, kv_head = blockIdx.y / PARTS, part = blockIdx.y % PARTS, sequence = blockIdx.z;
     const int lane = lane_index(), warp = warp_index(), row = lane / 4, column = lane % 4;
-    const int position = lengths[sequence], capacity = control[1];
+    // Both at once: a plain load of the second would be put off behind the return below.
+    const int position = load_streamed((const unsigned *)lengths + sequence);
+    const int capacity = load_streamed((const unsigned *)control + 1);
     const int share = (position + SPLITS) / SPLITS; // of position + 1 tokens, rounded up
     const int stretch = share > LEAST ? (share + TILE - 1) / TILE * TILE : LEAST;
     const int active = position / stretch + 1;

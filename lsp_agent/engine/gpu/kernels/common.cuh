@@ -67,6 +67,17 @@ __device__ __forceinline__ unsigned load_streamed(const unsigned *address) {
 #endif
 }
 
+// A load of what an earlier kernel of the step wrote, which the compiler leaves where it is written.
+__device__ __forceinline__ float load_now(const float *address) {
+#ifdef __CUDA_ARCH__
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(address) : "memory");
+    return v;
+#else
+    return *address;
+#endif
+}
+
 // Ask for the line of `address` in L2, without waiting.
 __device__ __forceinline__ void prefetch_l2(const void *address) {
 #ifdef __CUDA_ARCH__

@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int head = blockIdx.y, sequence = blockIdx.z, key_head = head / SERVED;
     const int lane = threadIdx.x % ROW_LANES, group = threadIdx.x / ROW_LANES;
     const int first_value = head * VALUE_SIZE + blockIdx.x * ROWS;
-    const long long turn = control[0], next_turn = (turn + 1) % control[2];
+    const long long turn = control[0], next_turn = turn + 1 < control[2] ? turn + 1 : 0;
 
     // The rings were last written by an earlier step, so reading them need not wait for this step's other kernels.
     const long long state_size = (long long)VALUE_WIDTH * KEY_SIZE;
@@ -77,22 +77,26 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     grid_dependency_wait();
 
     const float *projected = p + (long long)sequence * P_STRIDE;
+    const float *gates = projected + GATES + key_head * 2 * SERVED + head % SERVED;
+    const float beta_logit = load_now(gates), step = load_now(gates + SERVED) + offset;
     __shared__ __align__(16) float convolved[CONVOLVED];
     float newest[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         const int index = i * THREADS + threadIdx.x;
+        if (index < CONVOLVED) newest[i] = load_now(projected + channel_of(index, key_head, first_value));
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const int index = i * THREADS + threadIdx.x;
         if (index < CONVOLVED) {
-            newest[i] = projected[channel_of(index, key_head, first_value)];
             float sum = weights[i][CONV - 1] * newest[i];
 #pragma unroll
             for (int tap = 0; tap < CONV - 1; tap++) sum += weights[i][tap] * __half2float(window[i][tap]);
             convolved[index] = silu(sum);
         }
     }
-    const float *gates = projected + GATES + key_head * 2 * SERVED + head % SERVED;
-    const float step = gates[SERVED] + offset;
-    const float beta = sigmoid(gates[0]);
+    const float beta = sigmoid(beta_logit);
     const float decay = expf(rate * (step > 20.0f ? step : log1pf(expf(step))));
 
     __syncthreads();

@@ -209,8 +209,17 @@ __device__ __forceinline__ float block_max(float value) {
 
 // ---- Numbers ----
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+// A quotient to 2 units in the last place, for denominators up to 2^126 (0 beyond), without the branch of an exact one:
+// several of a thread's would wait for each other.
+__device__ __forceinline__ float quotient(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return __fdividef(a, b);
+#else
+    return a / b;
+#endif
+}
+__device__ __forceinline__ float sigmoid(float x) { return quotient(1.0f, 1.0f + expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return quotient(x, 1.0f + expf(-x)); }
 
 // 32 bits as two halves, the low 16 bits first, and back.
 __device__ __forceinline__ __half2 as_half2(unsigned bits) {

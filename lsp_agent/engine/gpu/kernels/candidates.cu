@@ -62,9 +62,16 @@ template <int COUNT> __device__ __forceinline__ void select(const Key (&keys)[CO
     __syncthreads();
     if (own && rank_of(own, largest, THREADS) == BEST - 1) bound = own;
     __syncthreads();
+    const Key least = bound;
+    if (own >= least) {
+        int own_count = 0;
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i)
-        if (keys[i] >= bound) kept[atomicAdd(&count, 1)] = keys[i];
+        for (int i = 0; i < COUNT; ++i) own_count += keys[i] >= least;
+        int place = atomicAdd(&count, own_count);
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)
+            if (keys[i] >= least) kept[place++] = keys[i];
+    }
     __syncthreads();
     if (threadIdx.x == 0) kept[count] = 0; // for an even number
     __syncthreads();

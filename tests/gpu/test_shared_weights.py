@@ -80,7 +80,8 @@ def test_a_session_over_shared_weights_computes_the_same(cuda, gpu_package, sche
     staging = ExpertStaging(weights.experts, memory, CudaCompiler()) if "staged" in where else None
     found = prefill(cuda, one, weights, staging)
     assert np.isfinite(found).all()
-    error = np.abs(found - wanted).max() / np.abs(wanted).max()
+    errors = np.abs(found - wanted).max(axis=-1) / np.abs(wanted).max()
+    error = np.quantile(errors, 0.9)  # a token may be routed between two near experts, see test_cuda_graph
     print(f"{scheme} {where}: error {error:.5f}")
     assert error < 0.01
     address = weights.address("output.0" if scheme == "keep" else "output.0.scales")

@@ -22,11 +22,9 @@ def kernels():
 @pytest.mark.parametrize(
     ("name", "scheme"),
     [
-        ("qwen2", "keep"),  # biases
-        ("qwen2", "int4-asymmetric"),
-        ("qwen3", "int8"),  # norms of queries and keys
+        ("qwen2", "keep"),  # biases; 4 bits are below, in K-quants
         ("qwen2-moe", "int4-64"),  # a shared expert, shares of all experts
-        ("qwen3-moe", "int8"),
+        ("qwen3-moe", "int8"),  # norms of queries and keys
         ("small", "int4"),  # Gated DeltaNet, gated attention, ten experts a token
         ("small", "int4-asymmetric"),
         ("small", "mxfp4"),

@@ -55,10 +55,10 @@ class CpuGraph(GraphBuilder):
         normed = self.op("SimplifiedLayerNormalization", [by_head, scale], axis=-1, epsilon=config.rms_epsilon)
         return self.reshape(normed, [0, 0, heads * config.head_size])
 
-    def delta_rule(self, linear: LinearAttentionConfig, prefix: str, qkv: str, step: str, rate: str) -> str:
+    def delta_rule(self, linear: LinearAttentionConfig, prefix: str, qkv: list[str], step: str, rate: str) -> str:
         """See `GraphBuilder.delta_rule`."""
         key_width = linear.key_heads * linear.key_size
-        query, key, value = self.split(qkv, [key_width, key_width, linear.value_heads * linear.value_size])
+        query, key, value = qkv
         query = self.reshape(self._unit_length(query, linear), [0, 0, key_width])
         # LinearAttention shares queries between heads, but not keys: they are repeated for each value head.
         served = linear.value_heads // linear.key_heads

@@ -13,6 +13,8 @@ from onnx import TensorProto
 from lsp_agent.engine.architecture import LinearAttentionConfig, ModelConfig
 from lsp_agent.engine.gpu.expert_staging import ExpertStaging
 from lsp_agent.engine.gpu.operators import DOMAIN
+from lsp_agent.engine.gpu.prompt_kernels import PromptKernels, covers
+from lsp_agent.engine.gpu.shared_experts import SharedExperts
 from lsp_agent.engine.graph import CONTRIB, SWIGLU, GraphBuilder
 from lsp_agent.engine.package import Experts, Extent, LinearPart, Package
 from lsp_agent.errors import UserError
@@ -25,17 +27,27 @@ class CudaGraph(GraphBuilder):
     """Everything runs on the GPU, so that a decode step can be captured as one CUDA graph.
 
     `shared`: matrices and experts are read from memory that `DeviceWeights.share` gives the session, so the graph only
-    names them, and integer experts are packed. `staging`: experts are in main memory and are fetched through it; the
-    session must know our operators.
+    names them, and integer experts are packed. `staging`: experts are in main memory and are fetched through it.
+    `calls`: integer experts without zero points are called through it. `kernels`: ours, where they are faster. With any
+    of these three the session must know our operators.
     """
 
     element = "float16"
 
     def __init__(
-        self, package: Package, context: int, shared: bool = False, staging: ExpertStaging | None = None
+        self,
+        package: Package,
+        context: int,
+        shared: bool = False,
+        staging: ExpertStaging | None = None,
+        calls: SharedExperts | None = None,
+        kernels: PromptKernels | None = None,
     ) -> None:
         super().__init__(package, context)
-        self._shared, self._staging = shared, staging
+        self._shared, self._staging, self._calls, self._kernels = shared, staging, calls, kernels
+        # With this variant of its kernel for few tokens ONNX Runtime finds no tiles for int4 gate and up of prompts: it
+        # asks for memory that the search for the best ones does not give, so each fails and the smallest is taken.
+        os.environ.setdefault("ORT_DISABLE_MOE_GEMV_SPLITK2_SWIGLU", "1")
         self._raw_mxfp4 = False
         self._converted: dict[int, np.ndarray] = {}
 
@@ -71,12 +83,34 @@ class CudaGraph(GraphBuilder):
             **attributes,
         )
 
-    def delta_rule(self, linear: LinearAttentionConfig, prefix: str, qkv: str, step: str, rate: str) -> str:
+    def convolved(self, linear: LinearAttentionConfig, prefix: str, mixed: str) -> tuple[list[str], str]:
+        """See `GraphBuilder.convolved`; of our kernels' the gates are still in `mixed`."""
+        if self._kernels is None or not covers(linear):
+            return super().convolved(linear, prefix, mixed)
+        channels = 2 * linear.key_heads * linear.key_size + linear.value_heads * linear.value_size
+        past, present = self.recurrent_state(f"{prefix}.conv", (linear.kernel - 1, channels))
+        qkv = [f"{prefix}.{name}" for name in ("q", "k", "v")]
+        self._nodes.append(self._kernels.convolve(linear, f"{prefix}.ssm_conv1d", [mixed, past], [*qkv, present]))
+        self.domains.add(DOMAIN)
+        return qkv, mixed
+
+    def gated_norm(self, prefix: str, attended: str, gates: str) -> str:
+        """See `GraphBuilder.gated_norm`."""
+        config = self._package.config
+        linear = config.linear_attention
+        if self._kernels is None or linear is None or not covers(linear):
+            return super().gated_norm(prefix, attended, gates)
+        gated = f"{prefix}.gated"
+        self._nodes.append(
+            self._kernels.gate(linear, config.rms_epsilon, f"{prefix}.ssm_norm", [attended, gates], gated)
+        )
+        return gated
+
+    def delta_rule(self, linear: LinearAttentionConfig, prefix: str, qkv: list[str], step: str, rate: str) -> str:
         """See `GraphBuilder.delta_rule`."""
-        key_width, value_width = linear.key_heads * linear.key_size, linear.value_heads * linear.value_size
-        parts = self.split(qkv, [key_width, key_width, value_width])
+        value_width = linear.value_heads * linear.value_size
         shapes = [(linear.key_heads, linear.key_size)] * 2 + [(linear.value_heads, linear.value_size)]
-        heads = [self.reshape(part, [0, 0, *shape]) for part, shape in zip(parts, shapes, strict=True)]
+        heads = [self.reshape(part, [0, 0, *shape]) for part, shape in zip(qkv, shapes, strict=True)]
         gates = [self.op("Cast", [gate], to=TensorProto.FLOAT) for gate in (step, rate)]
         # The kernel wants A_log, of which the package holds -exp(A_log).
         a_log = self.constant(f"{prefix}.a_log", np.log(-self.values(f"{prefix}.ssm_a")))
@@ -155,10 +189,23 @@ class CudaGraph(GraphBuilder):
             self._raw_mxfp4 = self._shared
             ones = [self.constant(f"{name}.ones", np.ones(first.count, np.float32)) for name in names]
             return self.op("QMoE", [*inputs, *[""] * 8, *ones], quant_type="fp4", **attributes)
+        # `ExpertMemory` packs the codes when it loads them, so that they need not be the session's own; else they are
+        # in rows, as in the package.
+        attributes["weights_prepacked"] = int(self._shared)
         if form.asymmetric:
             inputs += [*[""] * 4, *zero_points]
-        # `ExpertMemory` packs the codes when it loads them, so that they need not be the session's own.
-        return self.op("QMoE", inputs, weights_prepacked=1, **attributes)
+        elif self._calls is not None:
+            return self._called(self._calls, inputs, attributes)
+        return self.op("QMoE", inputs, **attributes)
+
+    def _called(self, calls: SharedExperts, inputs: list[str], attributes: dict[str, Any]) -> str:
+        """The result of a QMoE of these inputs and attributes, whose weights are none of this graph's."""
+        self.domains.add(DOMAIN)
+        weights = [self._initialisers.pop(name) if name else None for name in inputs[2:]]
+        result = f"{inputs[2]}.result"
+        known = {name: value for name, value in attributes.items() if name != "domain"}
+        self._nodes.append(calls.node(inputs[:2], weights, result, **known))
+        return result
 
     def _staged(self, staging: ExpertStaging, x: str, logits: str, gate_up: str, down: str, used: int) -> str:
         """`x`, when the experts that it is routed to have been fetched."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lsp_agent.engine.architecture import CONTRIB, LinearAttentionConfig, ModelConfig, WeightSpec
+from lsp_agent.engine.architecture import LinearAttentionConfig, ModelConfig, WeightSpec
 
 if TYPE_CHECKING:
     from lsp_agent.engine.graph import GraphBuilder
@@ -41,27 +41,15 @@ class GatedDeltaNet:
 
     def build(self, graph: GraphBuilder, config: ModelConfig, prefix: str, x: str) -> str:
         """See `Layer.build`."""
-        linear, key_width, value_width = _sizes(config)
-        channels = 2 * key_width + value_width
-        qkv, z = graph.split(graph.linear(x, f"{prefix}.ssm_qkvz"), [channels, value_width])
-        past, present = graph.recurrent_state(f"{prefix}.conv", (linear.kernel - 1, channels))
-        convolved = graph.op(
-            "CausalConvWithState",
-            [qkv, graph.vector(f"{prefix}.ssm_conv1d"), "", past],
-            domain=CONTRIB,
-            more_outputs=(present,),
-            activation="silu",
-            channels_last=1,
-        )
+        linear, _, _ = _sizes(config)
+        qkv, gates = graph.convolved(linear, prefix, graph.linear(x, f"{prefix}.ssm_qkvz"))
         served = linear.value_heads // linear.key_heads
         by_key_head = graph.reshape(graph.linear(x, f"{prefix}.ssm_ba"), [0, 0, linear.key_heads, 2 * served])
         rate, step = (
             graph.reshape(part, [0, 0, linear.value_heads]) for part in graph.split(by_key_head, [served, served])
         )
-        attended = graph.delta_rule(linear, prefix, convolved, step, rate)
-        norm = graph.vector(f"{prefix}.ssm_norm")
-        epsilon = config.rms_epsilon
-        gated = graph.op("GatedRMSNorm", [attended, norm, z], domain=CONTRIB, activation="silu", epsilon=epsilon)
+        attended = graph.delta_rule(linear, prefix, qkv, step, rate)
+        gated = graph.gated_norm(prefix, attended, gates)
         return graph.linear(gated, f"{prefix}.ssm_out")
 
 

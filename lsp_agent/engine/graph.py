@@ -76,11 +76,11 @@ class GraphBuilder(ABC):
         """
 
     @abstractmethod
-    def delta_rule(self, linear: LinearAttentionConfig, prefix: str, qkv: str, step: str, rate: str) -> str:
+    def delta_rule(self, linear: LinearAttentionConfig, prefix: str, qkv: list[str], step: str, rate: str) -> str:
         """The gated delta rule over the state `prefix`, [batch, length, value heads * value size].
 
-        `qkv` [batch, length, channels] after the convolution; `step` and `rate` [batch, length, value heads], as
-        projected: the decay is `exp(a * softplus(step + dt))`, the update rate `sigmoid(rate)`.
+        `qkv` after the convolution, [batch, length, heads * head size] each; `step` and `rate` [batch, length, value
+        heads], as projected: the decay is `exp(a * softplus(step + dt))`, the update rate `sigmoid(rate)`.
         """
 
     @abstractmethod
@@ -99,6 +99,29 @@ class GraphBuilder(ABC):
         """`x` times the transpose of a quantised part, corrections included."""
 
     # What they share.
+
+    def convolved(self, linear: LinearAttentionConfig, prefix: str, mixed: str) -> tuple[list[str], str]:
+        """q, k and v of `mixed` [batch, length, channels + gates] after the causal convolution over the state `prefix`,
+        [batch, length, heads * head size] each; and where `gated_norm` finds the gates."""
+        keys, values = linear.key_heads * linear.key_size, linear.value_heads * linear.value_size
+        qkv, gates = self.split(mixed, [2 * keys + values, values])
+        past, present = self.recurrent_state(f"{prefix}.conv", (linear.kernel - 1, 2 * keys + values))
+        convolved = self.op(
+            "CausalConvWithState",
+            [qkv, self.vector(f"{prefix}.ssm_conv1d"), "", past],
+            domain=CONTRIB,
+            more_outputs=(present,),
+            activation="silu",
+            channels_last=1,
+        )
+        return self.split(convolved, [keys, keys, values]), gates
+
+    def gated_norm(self, prefix: str, attended: str, gates: str) -> str:
+        """The RMS norm of each value head of `attended` [batch, length, values], times SiLU of the gates, for which
+        `convolved` gave `gates`."""
+        inputs = [attended, self.vector(f"{prefix}.ssm_norm"), gates]  # the vector's size is a head's
+        epsilon = self._package.config.rms_epsilon
+        return self.op("GatedRMSNorm", inputs, domain=CONTRIB, activation="silu", epsilon=epsilon)
 
     def op(
         self, kind: str, inputs: list[str], domain: str = "", more_outputs: tuple[str, ...] = (), **attributes: Any

@@ -15,6 +15,7 @@ enum { OPTIONAL = 1, VARIADIC = 2 };
 
 typedef struct Status Status;
 typedef struct Value Value;
+typedef struct Shape Shape;
 typedef struct KernelInfo KernelInfo;
 typedef struct Context Context;
 typedef struct Domain Domain;
@@ -33,6 +34,10 @@ typedef Status *GetAttributeArray(const KernelInfo *info, const char *name, int6
 typedef Status *GetCount(const Context *context, size_t *out);
 typedef Status *GetInput(const Context *context, size_t index, const Value **out);
 typedef Status *GetOutput(Context *context, size_t index, const int64_t *dims, size_t rank, Value **out);
+typedef Status *GetTensorShape(const Value *value, Shape **out); // and the type
+typedef Status *GetRank(const Shape *shape, size_t *out);
+typedef Status *GetSizes(const Shape *shape, int64_t *out, size_t rank);
+typedef void ReleaseShape(Shape *shape);
 typedef Status *GetComputeStream(const Context *context, void **out);
 typedef void ReleaseStatus(Status *status);
 
@@ -42,12 +47,16 @@ typedef void ReleaseStatus(Status *status);
 #define CUSTOM_OP_DOMAIN_ADD(api) MEMBER(api, CustomOpDomainAdd, 27)
 #define ADD_CUSTOM_OP_DOMAIN(api) MEMBER(api, AddCustomOpDomain, 28)
 #define GET_TENSOR_MUTABLE_DATA(api) MEMBER(api, GetTensorMutableData, 51)
+#define GET_RANK(api) MEMBER(api, GetRank, 61)
+#define GET_SIZES(api) MEMBER(api, GetSizes, 62)
+#define GET_TENSOR_SHAPE(api) MEMBER(api, GetTensorShape, 65)
 #define GET_ATTRIBUTE_INT64(api) MEMBER(api, GetAttributeInt64, 86)
 #define GET_ATTRIBUTE_STRING(api) MEMBER(api, GetAttributeString, 87)
 #define GET_INPUT_COUNT(api) MEMBER(api, GetCount, 88)
 #define GET_INPUT(api) MEMBER(api, GetInput, 90)
 #define GET_OUTPUT(api) MEMBER(api, GetOutput, 91)
 #define RELEASE_STATUS(api) MEMBER(api, ReleaseStatus, 93)
+#define RELEASE_SHAPE(api) MEMBER(api, ReleaseShape, 99)
 #define GET_ATTRIBUTE_ARRAY_INT64(api) MEMBER(api, GetAttributeArray, 163)
 #define GET_GPU_COMPUTE_STREAM(api) MEMBER(api, GetComputeStream, 193)
 
@@ -93,3 +102,9 @@ typedef struct {
     unsigned attribute_count;
 } LaunchConfig;
 typedef int LaunchKernelEx(const LaunchConfig *config, void *function, void **arguments, void **extra);
+
+// ---- A node that calls a function on the host instead ----
+
+// `values`: addresses of inputs, outputs and pointers; `rows`: of the first input, all its dimensions but the last.
+// Returns null, or what is wrong, which stays valid until the next call.
+typedef const char *HostFunction(int64_t rows, void **values);

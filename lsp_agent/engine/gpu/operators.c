@@ -1,4 +1,6 @@
 // Operators of ONNX Runtime that launch one kernel each: Launch_<types of the outputs>, e.g. Launch_hf.
+// With the attribute `rows` the grid and the shapes depend on the first input; with `host` a function on the host is
+// called instead.
 //
 // Compiled at first use (see operators.py).
 #include <stddef.h>
@@ -18,6 +20,7 @@
 // ---- The operators: one for each way to type 1 to 4 outputs ----
 
 enum { TYPES = 3, MOST_OUTPUTS = 4, SIGNATURES = 3 + 9 + 27 + 81, MOST_ARGUMENTS = 256, MOST_ABSENT = 63 };
+enum { MOST_RANK = 8 };
 static const char TYPE_LETTERS[TYPES + 1] = "hfi";
 static const int TYPE_CODES[TYPES] = {FLOAT16, FLOAT, INT32};
 
@@ -47,10 +50,11 @@ typedef struct {
     const Launcher *launcher;
     void *function;
     unsigned grid[3], block[3], shared;
-    int overlap, outputs;
+    int overlap, host, outputs;
     size_t pointer_count;
     uint64_t absent; // a bit for each input that is a null pointer; ONNX Runtime's variadic inputs are all there
     char kernel[64];
+    int64_t rows; // of the first input, for each block along x; 0: the grid does not depend on it
     int64_t ranks[MOST_OUTPUTS];
     int64_t *shapes[MOST_OUTPUTS];
     void **pointers;
@@ -114,6 +118,9 @@ static const char *read_attributes(const Api *api, const KernelInfo *info, Kerne
     if (!sizes_of(api, info, "block", kernel->block)) return "the attribute block must be three positive numbers";
     kernel->shared = (unsigned)number(api, info, "shared");
     kernel->overlap = number(api, info, "overlap") != 0;
+    kernel->host = number(api, info, "host") != 0;
+    kernel->rows = number(api, info, "rows");
+    if (kernel->rows < 0 || (kernel->host && !kernel->rows)) return "the attribute rows must be positive";
     kernel->absent = (uint64_t)number(api, info, "absent");
 
     size_t rank_count, shape_count;
@@ -136,6 +143,8 @@ static const char *read_attributes(const Api *api, const KernelInfo *info, Kerne
             kernel->shapes[i] = kernel->storage + total;
             total += ranks[i] < 0 ? (int64_t)shape_count + 1 : ranks[i];
         }
+        for (int i = 0; i < kernel->outputs; ++i)
+            if (kernel->rows && ranks[i] > MOST_RANK) wrong = "too many dimensions";
         if (total != (int64_t)shape_count) wrong = "the attributes shapes and ranks do not fit";
     }
     free(ranks);
@@ -166,26 +175,55 @@ static Status *create_kernel(const CustomOp *op, const Api *api, const KernelInf
     return NULL;
 }
 
+// Of the first input: its dimensions, all but the last multiplied, and the last but one.
+typedef struct {
+    int64_t sizes[MOST_RANK], rows, length;
+} Extent;
+
+static Status *extent_of(const Kernel *kernel, const Value *value, Extent *extent) {
+    const Api *api = kernel->launcher->api;
+    Shape *shape = NULL;
+    size_t rank = 0;
+    Status *status = GET_TENSOR_SHAPE(api)(value, &shape);
+    if (status) return status;
+    status = GET_RANK(api)(shape, &rank);
+    if (!status && (rank < 2 || rank > MOST_RANK))
+        status = failed(api, INVALID_ARGUMENT, kernel->kernel, "the first input must have 2 to 8 dimensions");
+    if (!status) status = GET_SIZES(api)(shape, extent->sizes, rank);
+    RELEASE_SHAPE(api)(shape);
+    if (status) return status;
+    extent->rows = 1;
+    for (size_t i = 0; i + 1 < rank; ++i) extent->rows *= extent->sizes[i];
+    extent->length = extent->sizes[rank - 2];
+    return NULL;
+}
+
 // Gathers the addresses of inputs, outputs and constants, in this order; an absent one is null.
-static Status *gather(const Kernel *kernel, Context *context, void **values, size_t *count) {
+// Where the grid depends on the first input, outputs' sizes that are 0 are its.
+static Status *gather(const Kernel *kernel, Context *context, void **values, size_t *count, Extent *extent) {
     const Api *api = kernel->launcher->api;
     size_t inputs = 0;
     Status *status = GET_INPUT_COUNT(api)(context, &inputs);
     if (status) return status;
-    if (inputs + MOST_ABSENT + kernel->outputs + kernel->pointer_count > MOST_ARGUMENTS)
+    if (inputs + MOST_ABSENT + kernel->outputs + kernel->pointer_count + 2 > MOST_ARGUMENTS)
         return failed(api, INVALID_ARGUMENT, kernel->kernel, "too many arguments");
     for (size_t i = 0; i < inputs || (*count < MOST_ABSENT && kernel->absent >> *count); ++*count) {
         values[*count] = NULL;
         if (*count < MOST_ABSENT && kernel->absent >> *count & 1) continue;
         const Value *value = NULL;
         if ((status = GET_INPUT(api)(context, i++, &value))) return status;
+        if (i == 1 && kernel->rows && (status = extent_of(kernel, value, extent))) return status;
         if ((status = GET_TENSOR_MUTABLE_DATA(api)((Value *)value, &values[*count]))) return status;
     }
     for (int i = 0; i < kernel->outputs; ++i) {
         Value *value = NULL;
         void **data = &values[(*count)++];
         *data = NULL;
-        if ((status = GET_OUTPUT(api)(context, i, kernel->shapes[i], kernel->ranks[i], &value))) return status;
+        const int64_t *shape = kernel->shapes[i];
+        int64_t sizes[MOST_RANK];
+        for (int64_t j = 0; kernel->rows && j < kernel->ranks[i]; ++j) sizes[j] = shape[j] ? shape[j] : extent->sizes[j];
+        if (kernel->rows) shape = sizes;
+        if ((status = GET_OUTPUT(api)(context, i, shape, kernel->ranks[i], &value))) return status;
         if (value && (status = GET_TENSOR_MUTABLE_DATA(api)(value, data))) return status;
     }
     for (size_t i = 0; i < kernel->pointer_count; ++i) values[(*count)++] = kernel->pointers[i];
@@ -197,15 +235,27 @@ static Status *compute(void *opaque, Context *context) {
     const Launcher *launcher = kernel->launcher;
     void *values[MOST_ARGUMENTS], *arguments[MOST_ARGUMENTS + 1], *stream = NULL;
     size_t count = 0;
-    Status *status = gather(kernel, context, values, &count);
+    Extent extent = {{0}, 0, 0};
+    Status *status = gather(kernel, context, values, &count, &extent);
     if (status) return status;
+    if (kernel->host) {
+        const char *wrong = ((HostFunction *)kernel->function)(extent.rows, values);
+        return wrong ? failed(launcher->api, EP_FAIL, kernel->kernel, wrong) : NULL;
+    }
+    unsigned grid[3] = {kernel->grid[0], kernel->grid[1], kernel->grid[2]};
+    if (kernel->rows) {
+        if (extent.rows == 0) return NULL;
+        grid[0] = (unsigned)((extent.rows + kernel->rows - 1) / kernel->rows);
+        values[count++] = (void *)(intptr_t)extent.rows;
+        values[count++] = (void *)(intptr_t)extent.length;
+    }
     for (size_t i = 0; i < count; ++i) arguments[i] = &values[i];
     arguments[count] = NULL; // tells the launcher of the tests how many there are
     if (strcmp(launcher->provider, "CPUExecutionProvider") != 0) {
         status = GET_GPU_COMPUTE_STREAM(launcher->api)(context, &stream);
         if (status) return status;
     }
-    const unsigned *grid = kernel->grid, *block = kernel->block;
+    const unsigned *block = kernel->block;
     int code;
     if (kernel->overlap && launcher->launch_ex) {
         LaunchAttribute attribute = {PROGRAMMATIC_STREAM_SERIALIZATION, {0}, {1}};

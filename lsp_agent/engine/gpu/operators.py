@@ -72,11 +72,14 @@ def launch_node(
     outputs: Sequence[Output],
     pointers: Sequence[int] = (),
     overlap: bool = False,
+    rows: int = 0,
 ) -> NodeProto:
     """A node that starts `launch`, whose kernel is `function`, with the addresses of inputs, outputs and `pointers`.
 
     `inputs`: names, at least one that is not empty; an empty one is a null pointer. `overlap`: start while the kernel
-    before it still runs (programmatic dependent launch: the kernel must wait itself for what it reads).
+    before it still runs (programmatic dependent launch: the kernel must wait itself for what it reads). `rows`: the
+    grid has a block along x for so many rows of the first input [..., length, columns], sizes of outputs that are 0 are
+    that input's, and the kernel gets two integers of 64 bits more, the number of rows and the length.
     """
     attributes: dict[str, Any] = {
         "kernel": launch.name,
@@ -86,6 +89,7 @@ def launch_node(
         "shared": launch.shared,
         "ranks": [len(shape) for _, _, shape in outputs],
         "overlap": int(overlap),
+        "rows": rows,
         "absent": sum(1 << index for index, name in enumerate(inputs) if not name),
     }
     # ONNX cannot type an empty list.
@@ -99,6 +103,18 @@ def launch_node(
         domain=DOMAIN,
         **attributes,
     )
+
+
+def host_node(name: str, function: int, inputs: Sequence[str], output: str) -> NodeProto:
+    """A node that calls `function` on the host (see `HostFunction` in abi.h) while the work before it is queued.
+
+    `output` is fp16 and has the shape of the first of `inputs`, [batch, length, columns]; none of them is absent.
+    `name` is for errors.
+    """
+    launch = Launch(name, (), (1, 1, 1), (1, 1, 1))
+    node = launch_node(launch, function, inputs, [(output, "h", (0, 0, 0))], rows=1)
+    node.attribute.append(helper.make_attribute("host", 1))
+    return node
 
 
 def register(options: ort.SessionOptions, launcher: Launcher) -> None:

@@ -17,6 +17,8 @@ from lsp_agent.engine.gpu.expert_staging import ExpertStaging
 from lsp_agent.engine.gpu.memory import Progress
 from lsp_agent.engine.gpu.operators import cuda_launcher, register
 from lsp_agent.engine.gpu.placement import Placement
+from lsp_agent.engine.gpu.prompt_kernels import PromptKernels
+from lsp_agent.engine.gpu.shared_experts import SharedExperts
 from lsp_agent.engine.gpu.step_builder import DeviceTrace, NoKernel, StepBuilder
 from lsp_agent.engine.gpu.step_graph import build_step
 from lsp_agent.engine.gpu.steps import StepRunner
@@ -45,19 +47,22 @@ class GpuRuntime:
         self._package, self._device, self._context = package, device, context
         memory, self._compiler = CudaMemory(), CudaCompiler()
         self._weights = DeviceWeights(package, memory, placement, on_progress)
-        address, kind = self._weights.embedding()
+        table, kind = self._weights.embedding()
         width = {"f16": "float16", "bf16": "uint16", "f32": "float32"}[kind]
-        self._table = device.borrow(address, (package.config.vocabulary, package.config.hidden), width)
+        self._table = device.borrow(table, (package.config.vocabulary, package.config.hidden), width)
         staging = None
         if placement is not None and placement.kind in ("host", "hybrid"):
             staging = ExpertStaging(self._weights.experts, memory, self._compiler)
-        graph = CudaGraph(package, context, shared=True, staging=staging)
+        self._experts = self._shared_experts(staging)
+        kernels = PromptKernels(self._weights.address, self._compiler)
+        graph = CudaGraph(package, context, shared=True, staging=staging, calls=self._experts, kernels=kernels)
         build_decoder(architecture(package.config.architecture), package.config, graph)
         self.states = graph.states
         options, model = graph.session_options(threads), graph.model()
         register(options, cuda_launcher())
         self._shared = self._weights.share(model, options, "cuda", staging)  # the session reads it without owning it
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=device.providers({}))
+        self._experts.try_tiles(placement.chunk if placement is not None else device.prefill_chunk, device)
         self._trace: DeviceTrace | None = None
         self.steps: StepRunner | None = StepRunner(device, package.config.vocabulary, MOST_STEPS, self._step_session)
         try:
@@ -65,6 +70,15 @@ class GpuRuntime:
         except NoKernel as error:
             log.info("decoding without kernels of our own: %s", error)
             self.steps = None
+
+    def _shared_experts(self, staging: ExpertStaging | None) -> SharedExperts:
+        def address(name: str) -> int:
+            staged = staging.address(name) if staging is not None else None
+            return staged or self._weights.address(name)
+
+        # Memory as it is asked for: twice as much each time would be more than the plan has.
+        providers = self._device.providers({"arena_extend_strategy": "kSameAsRequested"})
+        return SharedExperts(address, self._device.name, providers)
 
     def follow(self, logits: np.ndarray) -> None:
         """Let the steps of states that are made from now on route by these router logits, fp32 [tokens, blocks,

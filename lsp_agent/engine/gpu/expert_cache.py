@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lsp_agent.engine.gpu.expert_kernels import WARP, ExpertForm, ExpertSizes, route
+from lsp_agent.engine.gpu.expert_kernels import WARP, ExpertForm, ExpertSizes, Routing, routing_macros
 from lsp_agent.engine.gpu.launch import Launch
 
 FIRST_CLOCK = 1 << 16
@@ -84,33 +84,34 @@ def hottest(uses: np.ndarray) -> list[int]:
 
 
 def cache_route(
-    batch: int, sizes: ExpertSizes, form: ExpertForm, stride: int, normalise: bool, slots: int, least_age: int = 1
+    batch: int, sizes: ExpertSizes, form: ExpertForm, routing: Routing, slots: int, least_age: int = 1
 ) -> Launch:
-    """As `route`, and what the cache does about the chosen experts.
+    """The experts of each token, and what the cache does about them.
 
-    Arguments: r, experts and weights as of `route`; copies i32 [1 + 2 * batch * used], what `cache_fetch` is to do: how
-    many, then expert and slot of each; the state (see `state_type`), home, slots, table. An expert leaves only if it
-    was not used within the last `least_age` steps, of which this is one; newcomers without a slot are read where they
-    lie.
+    Arguments: r, experts and weights as of `experts_up`; copies i32 [1 + 2 * batch * used], what `cache_fetch` is to
+    do: how many, then expert and slot of each; the state (see `state_type`), home, slots, table. An expert leaves only
+    if it was not used within the last `least_age` steps, of which this is one; newcomers without a slot are read where
+    they lie.
     """
     if least_age < 1 or not 1 <= slots <= sizes.count:
         raise ValueError(f"{slots} slots for {sizes.count} experts, kept for {least_age} steps at least")
-    more = {"SLOTS": slots, "ADDRESSES": form.addresses, "MIN_AGE": least_age}
-    macros = route(batch, sizes, stride, normalise).macros + tuple((name, str(value)) for name, value in more.items())
-    return Launch("cache_route", macros, (1, 1, 1), (batch * WARP, 1, 1))
+    macros = {"BATCH": batch, "USED": sizes.used, **routing_macros(sizes, routing)}
+    macros |= {"SLOTS": slots, "ADDRESSES": form.addresses, "MIN_AGE": least_age}
+    described = tuple((name, str(value)) for name, value in macros.items())
+    return Launch("cache_route", described, (1, 1, 1), (batch * WARP, 1, 1))
 
 
-def cache_fetch(batch: int, sizes: ExpertSizes, form: ExpertForm, tuning: CacheTuning | None = None) -> Launch:
-    """Copies the newcomers. Arguments: experts and copies of `cache_route`; the experts again, i32 [batch, used], for
-    the kernels that need them in their slots; home, slots. `ValueError` for arrays that are no multiples of 16
-    bytes."""
+def cache_fetch(sizes: ExpertSizes, form: ExpertForm, tuning: CacheTuning | None = None) -> Launch:
+    """Copies the newcomers, while `experts_up` computes what the others do.
+
+    Arguments: copies of `cache_route`; fetched i32 [1], which only says what comes after; home, slots. `ValueError` for
+    arrays that are no multiples of 16 bytes.
+    """
     tuning = tuning or CacheTuning()
     sizes_of_arrays = expert_bytes(sizes, form)
     if any(size % PIECE for size in sizes_of_arrays):
         raise ValueError(f"experts of {sizes_of_arrays} bytes: the cache copies pieces of {PIECE}")
     macros = {
-        "BATCH": batch,
-        "USED": sizes.used,
         "ADDRESSES": form.addresses,
         **{f"BYTES_{i}": sizes_of_arrays[i] if i < form.addresses else 0 for i in range(6)},
         "THREADS": tuning.threads,

@@ -14,6 +14,10 @@ MOST_USED = 32
 """Experts of a token: a lane of a warp holds each."""
 MOST_SHARED = 94 * 1024
 """Bytes of dynamic shared memory that a block may have on every GPU since compute capability 8.0."""
+MOST_WARPS = 16
+"""Warps of a block of `experts_down`, besides those of the shared expert."""
+HELD = 2
+"""16 bytes of codes that a lane of `experts_down` has of each group of rows."""
 MXFP4_STEP, MXFP4_GROUP = 16, 32
 """Columns and rows of MXFP4 codes that a thread multiplies."""
 
@@ -73,14 +77,17 @@ class Routing:
 class ExpertTuning:
     """How the kernels spread their work; the results are the same up to rounding.
 
-    Integers: a warp owns `up_rows` or `down_rows` rows, a multiple of 4 (of 8 bits, of 2), a block has `up_warps` or
-    `down_warps` warps. MXFP4: a block owns `up_block` or `down_block` rows, a multiple of 32.
+    Integers: a warp of gate and up owns `up_rows` rows, a multiple of 4 (of 8 bits, of 2), a block has `up_warps` of
+    them. A block of down owns `down_groups` (1, 2, 4 or 8) times 4 rows (of 8 bits, 2), `shared_warps` of it the shared
+    expert's; registers are spared so that `down_threads` threads fit onto a multiprocessor, by default what a batch
+    fills. MXFP4: a block owns `up_block` or `down_block` rows, a multiple of 32.
     """
 
-    up_rows: int = 8
+    up_rows: int = 4
     up_warps: int = 4
-    down_rows: int = 4
-    down_warps: int = 2
+    down_groups: int = 4
+    shared_warps: int = 2
+    down_threads: int | None = None
     up_block: int = 64
     down_block: int = 128
 
@@ -97,10 +104,10 @@ class ExpertKernel:
     counters: int = 0
 
 
-def route(batch: int, sizes: ExpertSizes, stride: int, normalise: bool) -> Launch:
-    """The experts of each token, see `Routing`. Arguments: r f32 [batch, stride]; experts i32 and weights f32 [batch,
-    used], the largest logit first."""
-    macros = {"BATCH": batch, "USED": sizes.used} | _routing(sizes, Routing(stride, normalise))
+def route(batch: int, sizes: ExpertSizes, routing: Routing) -> Launch:
+    """The experts of each token, see `Routing`. Arguments: r f32 [batch, routing.stride]; experts i32 and weights f32
+    [batch, used], the largest logit first."""
+    macros = {"BATCH": batch, "USED": sizes.used} | routing_macros(sizes, routing)
     return Launch("route", _macros(macros), (batch, 1, 1), (WARP, 1, 1))
 
 
@@ -109,19 +116,20 @@ def experts_up(
     sizes: ExpertSizes,
     form: ExpertForm,
     routing: Routing | None = None,
+    cached: bool = False,
     tuning: ExpertTuning | None = None,
 ) -> ExpertKernel:
     """`silu(gate) * up` of the chosen experts. Rows of gate and up alternate, the gate first.
 
     Arguments: normed h [batch, hidden], experts i32 [batch, used]; act h [batch, used, width]; table i64 [count,
     form.addresses]. With `routing` it does what `route` does as well, a launch less: normed, r; act, experts, weights;
-    table.
+    table. `cached`, behind a cache of experts: normed, experts, copies, fetched; act; table, see `expert_cache`.
     """
     tuning = tuning or ExpertTuning()
     _check(sizes, form)
-    macros = _common(batch, sizes, form) | {"ROUTED": int(routing is not None)}
+    macros = _common(batch, sizes, form) | {"ROUTED": int(routing is not None), "CACHED": int(cached)}
     if routing is not None:
-        macros |= _routing(sizes, routing)
+        macros |= routing_macros(sizes, routing)
     if form.element == "e2m1":
         rows, threads = _block(2 * sizes.width, tuning.up_block, sizes.hidden)
         macros |= {"BLOCK_ROWS": rows, "THREADS": threads}
@@ -168,26 +176,48 @@ def experts_down(
         grid = (sizes.hidden // rows, parts, batch)
         launch = Launch("mxfp4_down", _macros(macros), grid, (threads, 1, 1), threads * MXFP4_STEP * LANE_BYTES)
         return ExpertKernel(launch, batch * parts * sizes.hidden, batch * (sizes.hidden // rows))
-    per_warp = _part(sizes.hidden, tuning.down_rows, 16 // form.bits)
-    per_row = sizes.used * sizes.width * form.bits // 8
-    activations = 2 * sizes.used * sizes.width
+    groups = _part(sizes.hidden // _interleave(form), min(tuning.down_groups, WARP // _interleave(form)))
+    warps, shared_warps, staged = _warps(sizes.used * _slices(sizes.width, form)), 0, 0
     if shared is not None:
-        activations += 2 * shared.width
+        each = 0
         if shared.down.bits != 16:
-            per_row += _ceil(shared.width * shared.down.bits // 8, WARP * LANE_BYTES) * WARP * LANE_BYTES
-    warps = _part(sizes.hidden // per_warp, min(tuning.down_warps, (MOST_SHARED - activations) // (per_warp * per_row)))
-    staged = activations + per_warp * warps * per_row
-    if staged > MOST_SHARED:
-        raise ValueError(
-            f"{sizes.used} experts of width {sizes.width} for a token need {staged} bytes of shared memory"
-        )
-    macros |= {"ROWS": per_warp, "WARPS": warps}
-    grid = (sizes.hidden // (per_warp * warps), batch, 1)
-    return ExpertKernel(Launch("experts_down", _macros(macros), grid, (warps * WARP, 1, 1), staged))
+            each = _ceil(shared.width * shared.down.bits // 8, WARP * LANE_BYTES) * WARP * LANE_BYTES
+        while groups > 1 and _staged(tuning, shared, groups * _interleave(form), each) > MOST_SHARED:
+            groups //= 2
+        shared_warps = min(tuning.shared_warps, groups * _interleave(form))
+        staged = _staged(tuning, shared, groups * _interleave(form), each)
+        if staged > MOST_SHARED:
+            raise ValueError(f"a shared expert of {shared.width} columns needs {staged} bytes of shared memory")
+    macros |= {"GROUPS": groups, "WARPS": warps, "SHARED_WARPS": shared_warps}
+    grid = (sizes.hidden // (groups * _interleave(form)), batch, 1)
+    block = ((warps + shared_warps) * WARP, 1, 1)
+    macros["RESIDENT"] = max(1, (tuning.down_threads or (384 if batch == 1 else 768)) // block[0])
+    return ExpertKernel(Launch("experts_down", _macros(macros), grid, block, staged))
 
 
-def _routing(sizes: ExpertSizes, routing: Routing) -> dict[str, int]:
-    """What `kernels/routing.cuh` expects, but for USED."""
+def _interleave(form: ExpertForm) -> int:
+    """Rows of integers that lie together, see `kernels/expert_rows.cuh`."""
+    return 16 // form.bits
+
+
+def _slices(columns: int, form: ExpertForm) -> int:
+    """Slices of so many columns, a warp's work, see `kernels/expert_rows.cuh`."""
+    loads = _ceil(_interleave(form) * columns * form.bits // 8, WARP * LANE_BYTES)
+    return _ceil(loads, HELD)
+
+
+def _warps(tasks: int) -> int:
+    """Warps of a block that share `tasks` evenly."""
+    return _ceil(tasks, _ceil(tasks, MOST_WARPS))
+
+
+def _staged(tuning: ExpertTuning, shared: SharedExpert, rows: int, row_bytes: int) -> int:
+    """Bytes of shared memory for the shared expert: activations of each of its warps, and codes."""
+    return min(tuning.shared_warps, rows) * shared.width * 2 + rows * row_bytes
+
+
+def routing_macros(sizes: ExpertSizes, routing: Routing) -> dict[str, int]:
+    """What `kernels/routing.cuh` expects, but for USED. Raises `ValueError` for experts that it cannot choose from."""
     if sizes.used > min(MOST_USED, sizes.count):
         raise ValueError(f"{sizes.used} of {sizes.count} experts for a token: at most {MOST_USED}")
     return {"EXPERTS": sizes.count, "R_STRIDE": routing.stride, "NORMALISE": int(routing.normalise)}

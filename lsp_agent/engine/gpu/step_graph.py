@@ -16,7 +16,7 @@ from lsp_agent.engine.architectures import architecture
 from lsp_agent.engine.decoder import HEAD
 from lsp_agent.engine.delta_net import GatedDeltaNet
 from lsp_agent.engine.gpu import expert_cache, expert_kernels, projection, routing_trace, sequence_kernels
-from lsp_agent.engine.gpu.expert_kernels import ExpertForm, ExpertSizes, SharedExpert
+from lsp_agent.engine.gpu.expert_kernels import ExpertForm, ExpertSizes, Routing, SharedExpert
 from lsp_agent.engine.gpu.step_builder import CANDIDATES, NoKernel, Result, StepBuilder
 from lsp_agent.engine.layers import Attention, DenseMlp
 from lsp_agent.engine.moe import SHARED, MoeMlp
@@ -28,6 +28,9 @@ EMBEDDING_TYPES: dict[str, Literal["float16", "bfloat16", "float32"]] = {
     "bf16": "bfloat16",
     "f32": "float32",
 }
+
+MOST_THAT_CHOOSE = 2
+"""Sequences up to which every block of the experts' first kernel chooses them faster than a kernel before it."""
 
 
 def build_step(graph: StepBuilder) -> None:
@@ -154,19 +157,26 @@ def _mixture(graph: StepBuilder, layer: MoeMlp, prefix: str, residual: str, delt
     r = _follow_trace(graph, r, prefix, stride)
     table = graph.weights.expert_table(gate_up, down)
     used, width = sizes.used, sizes.width
-    results: list[Result] = [("i", used), ("f", used)]
+    routing = Routing(stride, layer.experts.normalise)
+    choice: list[Result] = [("i", used), ("f", used)]
+    results: list[Result] = [("h", used * width)]
     if cache := graph.weights.experts.cache(gate_up, down):
-        route = expert_cache.cache_route(batch, sizes, form, stride, layer.experts.normalise, cache.slots)
-        results.append(("i", 2 * used + 1))  # rounded up: of all sequences together it is one more than twice these
+        route = expert_cache.cache_route(batch, sizes, form, routing, cache.slots)
+        choice.append(("i", 2 * used + 1))  # rounded up: of all sequences together it is one more than twice these
         pointers = [cache.state, cache.home, cache.places, cache.table]
-        experts, weights, copies = graph.launch(route, [r], results, pointers)
-        fetch = expert_cache.cache_fetch(batch, sizes, form)
-        (experts,) = graph.launch(fetch, [experts, copies], [("i", used)], [cache.home, cache.places])
+        experts, weights, copies = graph.launch(route, [r], choice, pointers)
+        fetch = expert_cache.cache_fetch(sizes, form)
+        (fetched,) = graph.launch(fetch, [copies], [("i", 1)], [cache.home, cache.places])
+        up = expert_kernels.experts_up(batch, sizes, form, cached=True)
+        (activations,) = graph.launch(up.launch, [normed, experts, copies, fetched], results, [table])
+    elif batch <= MOST_THAT_CHOOSE:
+        up = expert_kernels.experts_up(batch, sizes, form, routing)
+        activations, experts, weights = graph.launch(up.launch, [normed, r], results + choice, [table])
     else:
-        route = expert_kernels.route(batch, sizes, stride, layer.experts.normalise)
-        experts, weights = graph.launch(route, [r], results, [])
-    up = expert_kernels.experts_up(batch, sizes, form)
-    (activations,) = graph.launch(up.launch, [normed, experts], [("h", used * width)], [table])
+        route = expert_kernels.route(batch, sizes, routing)
+        experts, weights = graph.launch(route, [r], choice, [])
+        up = expert_kernels.experts_up(batch, sizes, form)
+        (activations,) = graph.launch(up.launch, [normed, experts], results, [table])
     kernel = expert_kernels.experts_down(batch, sizes, form, stride, shared)
     results = [("h", sizes.hidden)]
     if kernel.scratch:

@@ -16,7 +16,7 @@ from lsp_agent.engine.gpu.expert_cache import (
     initial_state,
     initial_table,
 )
-from lsp_agent.engine.gpu.expert_kernels import ExpertForm, ExpertSizes, experts_up
+from lsp_agent.engine.gpu.expert_kernels import ExpertForm, ExpertSizes, Routing, experts_up
 
 SIZES = ExpertSizes(count=48, used=4, hidden=128, width=64)
 FORMS = {
@@ -58,16 +58,16 @@ class Cache:
     def run(self, logits):
         """One step; returns what the kernels say the experts are, and the copies."""
         used, self.places = self.sizes.used, self.state["slot_of"][0].copy()
-        experts, passed_on = np.full((2, self.batch, used), -1, np.int32)
+        experts = np.full((self.batch, used), -1, np.int32)
         weights = np.full((self.batch, used), np.nan, np.float32)
         copies = np.full(1 + 2 * self.batch * used, -1, np.int32)
-        route = cache_route(self.batch, self.sizes, self.form, logits.shape[1], True, len(self.slots), self.least_age)
+        routing = Routing(logits.shape[1], normalise=True)
+        route = cache_route(self.batch, self.sizes, self.form, routing, len(self.slots), self.least_age)
         self.kernels.run(route, logits, experts, weights, copies, self.state, self.home, self.slots, self.table)
-        fetch = cache_fetch(self.batch, self.sizes, self.form, CacheTuning(blocks=3, threads=64, pieces=2))
-        self.kernels.run(fetch, experts, copies, passed_on, self.home, self.slots)
+        fetch = cache_fetch(self.sizes, self.form, CacheTuning(blocks=3, threads=64, pieces=2))
+        self.kernels.run(fetch, copies, np.zeros(1, np.int32), self.home, self.slots)
         expected = choose(logits[:, : self.sizes.count], used, True)
         np.testing.assert_array_equal(experts, expected[0])
-        np.testing.assert_array_equal(passed_on, experts)
         np.testing.assert_allclose(weights, expected[1], rtol=1e-5)
         return experts, copies
 
@@ -147,20 +147,20 @@ def test_the_experts_compute_the_same_wherever_they_lie(kernels, form):
     batch, slots = 3, 5  # fewer than a step may use: some are read at home
     cache = Cache(kernels, batch, slots, form)
     random = np.random.default_rng(4)
-    up = experts_up(batch, SIZES, form).launch
+    up = experts_up(batch, SIZES, form, cached=True).launch
     for _ in range(4):
         experts, copies = cache.run(random.normal(size=(batch, SIZES.count)).astype(np.float32))
         assert copies[0] <= slots
         normed = random.normal(size=(batch, SIZES.hidden)).astype(np.float16)
         acts = np.full((2, batch, SIZES.used, SIZES.width), np.nan, np.float16)
         for act, table in zip(acts, (cache.home, cache.table), strict=True):
-            kernels.run(up, normed, experts, act, table)
+            kernels.run(up, normed, experts, copies, np.zeros(1, np.int32), act, table)
         np.testing.assert_array_equal(*acts)
     assert (cache.state["slot_of"] >= 0).sum() == slots
 
 
 def test_caches_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="slots"):
-        cache_route(1, SIZES, FORMS["int4"], 48, True, 49)
+        cache_route(1, SIZES, FORMS["int4"], Routing(48, True), 49)
     with pytest.raises(ValueError, match="steps"):
-        cache_route(1, SIZES, FORMS["int4"], 48, True, 8, least_age=0)
+        cache_route(1, SIZES, FORMS["int4"], Routing(48, True), 8, least_age=0)

@@ -104,21 +104,24 @@ def test_the_experts_of_the_largest_logits_are_chosen(kernels, count, used, norm
     random = np.random.default_rng(count)
     r = random.normal(size=(3, count + 5)).astype(np.float32) * 3
     r[:, count:] = 100  # these are no logits
+    r[2, np.argsort(np.arange(count) % 32, kind="stable")] = np.sort(r[2, :count])  # a lane has the best
     experts, weights = np.full((3, used), -1, np.int32), np.full((3, used), np.nan, np.float32)
-    kernels.run(route(3, ExpertSizes(count, used, 64, 64), count + 5, normalise), r, experts, weights)
+    kernels.run(route(3, ExpertSizes(count, used, 64, 64), Routing(count + 5, normalise)), r, experts, weights)
     expected = choose(r[:, :count], used, normalise)
     np.testing.assert_array_equal(experts, expected[0])
     np.testing.assert_allclose(weights, expected[1], rtol=1e-5)
 
 
 def test_ties_go_to_the_lower_index(kernels):
-    r = np.zeros((2, 64), np.float32)
+    r = np.zeros((4, 64), np.float32)
     r[0, [3, 40, 35, 8]] = 1
     r[1, [63, 62]] = -0.0  # equal to 0
     r[1, :5] = -np.inf
-    experts, weights = np.zeros((2, 6), np.int32), np.zeros((2, 6), np.float32)
-    kernels.run(route(2, ExpertSizes(64, 6, 64, 64), 64, True), r, experts, weights)
-    np.testing.assert_array_equal(experts, [[3, 8, 35, 40, 0, 1], [5, 6, 7, 8, 9, 10]])
+    r[3, 5] = -1
+    experts, weights = np.zeros((4, 6), np.int32), np.zeros((4, 6), np.float32)
+    kernels.run(route(4, ExpertSizes(64, 6, 64, 64), Routing(64, True)), r, experts, weights)
+    expected = [[3, 8, 35, 40, 0, 1], [5, 6, 7, 8, 9, 10], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 6]]
+    np.testing.assert_array_equal(experts, expected)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -180,8 +183,8 @@ def check_down(kernels, mixture, random, batch, tuning=None):
 
 
 TUNINGS = {
-    "fine": ExpertTuning(up_rows=4, up_warps=1, down_rows=4, down_warps=8, up_block=32, down_block=32),
-    "coarse": ExpertTuning(up_rows=16, up_warps=8, down_rows=8, down_warps=4, up_block=128, down_block=256),
+    "fine": ExpertTuning(up_rows=4, up_warps=1, down_groups=1, shared_warps=1, up_block=32, down_block=32),
+    "coarse": ExpertTuning(up_rows=16, up_warps=8, down_groups=8, shared_warps=4, up_block=128, down_block=256),
 }
 
 
@@ -229,14 +232,14 @@ def test_sizes_that_the_kernels_do_not_cover_are_refused():
     with pytest.raises(ValueError, match="multiples of 32"):
         experts_up(1, dataclasses.replace(SIZES, hidden=80), FORMS["mxfp4"])
     with pytest.raises(ValueError, match="at most 32"):
-        route(1, ExpertSizes(128, 33, 64, 64), 128, True)
+        route(1, ExpertSizes(128, 33, 64, 64), Routing(128, True))
     with pytest.raises(ValueError, match="shared memory"):
-        experts_down(1, ExpertSizes(64, 32, 64, 2048), FORMS["int8"], STRIDE, None)
+        experts_down(1, SIZES, FORMS["int8"], STRIDE, SharedExpert(Segment(256, 8), 1 << 15, offset=13, gate=12))
 
 
 def test_blocks_fit_into_the_shared_memory_of_every_gpu():
-    large = ExpertSizes(64, 8, 4096, 1536)
-    for name in ("int4", "int8", "mxfp4"):
-        for kernel in (experts_up(1, large, FORMS[name]), experts_down(1, large, FORMS[name], STRIDE, None)):
+    large, shared = ExpertSizes(64, 8, 4096, 1536), SharedExpert(Segment(4096, 8), 8192, offset=64, gate=0)
+    for name, beside in (("int4", shared), ("int8", shared), ("mxfp4", None)):
+        for kernel in (experts_up(1, large, FORMS[name]), experts_down(1, large, FORMS[name], STRIDE, beside)):
             assert kernel.launch.shared <= 94 * 1024
             assert kernel.launch.grid[0] > 1

@@ -1,12 +1,11 @@
-// Copies the experts that cache_route gave a slot from main memory into it, and hands `experts` on, so that whoever reads
-// them comes later. Grid: BLOCKS.
+// Copies the experts that cache_route gave a slot from main memory into it. What it hands on, `fetched`, says nothing, but
+// whoever takes it comes later. Grid: BLOCKS.
 //
-// Macros: BATCH, USED, ADDRESSES, BYTES_0 to BYTES_5 (bytes of an expert's arrays, multiples of 16), THREADS, BLOCKS,
+// Macros: ADDRESSES, BYTES_0 to BYTES_5 (bytes of an expert's arrays, multiples of 16), THREADS, BLOCKS,
 // PIECES (of 16 bytes that a thread has under way).
 
 #include "common.cuh"
 
-#define PAIRS (BATCH * USED)
 #define STRETCH (THREADS * PIECES)
 
 // 16-byte units of an expert's array, and in how many stretches they are copied.
@@ -24,13 +23,13 @@ __device__ __forceinline__ constexpr unsigned stretches_of_all() {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    cache_fetch(const int *__restrict__ experts, const int *__restrict__ copies, int *__restrict__ passed_on,
-                const long long *__restrict__ home, const long long *__restrict__ slots) {
+    cache_fetch(const int *__restrict__ copies, int *__restrict__ fetched, const long long *__restrict__ home,
+                const long long *__restrict__ slots) {
     constexpr unsigned STRETCHES = stretches_of_all();
     const unsigned thread = threadIdx.x;
     grid_dependency_wait();
-    if (blockIdx.x == 0)
-        for (unsigned pair = thread; pair < PAIRS; pair += THREADS) passed_on[pair] = experts[pair];
+    grid_launch_dependents();
+    if (blockIdx.x == 0 && thread == 0) fetched[0] = 0;
     // A block takes stretches, so that its reads cross the bus in large pieces.
     const unsigned wanted = copies[0] * STRETCHES;
     for (unsigned i = blockIdx.x; i < wanted; i += BLOCKS) {

@@ -78,6 +78,16 @@ __device__ __forceinline__ float load_now(const float *address) {
 #endif
 }
 
+__device__ __forceinline__ unsigned short load_streamed(const unsigned short *address) {
+#ifdef __CUDA_ARCH__
+    unsigned short v;
+    asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(address));
+    return v;
+#else
+    return *address;
+#endif
+}
+
 // Ask for the line of `address` in L2, without waiting.
 __device__ __forceinline__ void prefetch_l2(const void *address) {
 #ifdef __CUDA_ARCH__

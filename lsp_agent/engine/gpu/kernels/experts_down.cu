@@ -1,112 +1,99 @@
 // The weighted sum of each token's routed experts, of 4- or 8-bit integers in CUTLASS' layout for mixed GEMMs, and of its
 // shared expert.
 //
-// Grid: HIDDEN / (ROWS * WARPS) x BATCH. A warp owns ROWS rows of one token and of all its experts, so that nothing is
-// summed across blocks; its lanes take the 16-byte chunks of the rows of one expert after the other.
+// Grid: HIDDEN / ROWS x BATCH. A block owns ROWS rows of one token, so that nothing is summed across blocks. Of its warps
+// the first WARPS share the slices of the token's experts, the others the rows of the shared expert.
 //
-// Macros: BATCH, USED (at most 32), HIDDEN, WIDTH, BITS, BLOCK, ZERO, ADDRESSES, ROWS, WARPS as of experts_up; those of
-// shared_expert.cuh (SHARED_WIDTH 0: none). Dynamic shared memory: see below.
-
-#include "codes.cuh"
+// Macros: BATCH, USED (at most 32), HIDDEN, WIDTH, BITS, BLOCK, ZERO, ADDRESSES as of experts_up; GROUPS (of INTERLEAVE
+// rows), WARPS, RESIDENT (blocks that a multiprocessor should hold); SHARED_WARPS and those of shared_expert.cuh (SHARED_WIDTH 0: none). Dynamic shared memory: of each of the shared expert's warps its
+// activations, then their codes.
 
 #define COLUMNS WIDTH
-#define CHUNKS (COLUMNS / CHUNK<BITS>)
-#define BLOCKS (COLUMNS / BLOCK)
-#define ITEMS ((USED * CHUNKS + WARP - 1) / WARP)
-#define THREADS (WARPS * WARP)
+#include "expert_slices.cuh"
 
-static_assert(COLUMNS % 64 == 0 && COLUMNS % BLOCK == 0 && BLOCK % CHUNK<BITS> == 0, "columns come in whole chunks");
+#define TASKS (USED * SLICES)
 
-#include "expert_rows.cuh"
+static_assert(WARPS <= TASKS && HIDDEN % ROWS == 0 && ROWS <= WARP, "warps have a slice of an expert each");
 
-#define UNITS (ROWS * CHUNKS)
-#define COPIES ((USED * UNITS + WARP - 1) / WARP)
-// Copies come in two groups, so that the first experts are computed while the others are under way: how many are in the
-// first, and from which item on the second is needed.
-#define FIRST_COPIES (COPIES >= 3 ? COPIES / 2 + 1 : COPIES)
-#define FIRST_ITEMS (FIRST_COPIES < COPIES ? FIRST_COPIES * WARP / UNITS * CHUNKS / WARP : 0)
-static_assert(ROWS % INTERLEAVE == 0 && ROWS <= WARP && HIDDEN % (ROWS * WARPS) == 0, "a warp owns rows that lie together");
 #if SHARED_WIDTH
 #include "shared_expert.cuh"
+#define THREADS ((WARPS + SHARED_WARPS) * WARP)
+#define PARTIALS (WARPS + 1)
+#define SHARED_ROWS (ROWS / SHARED_WARPS)
+static_assert(ROWS % SHARED_WARPS == 0, "the shared expert's warps have the same number of rows");
+#else
+#define THREADS (WARPS * WARP)
+#define PARTIALS WARPS
 #endif
 
-// A lane's i-th chunk: whether there is one, of which of the token's experts, and which of the row. Of none, a valid place.
-__device__ __forceinline__ bool is_item(unsigned i) {
-    return USED * CHUNKS % WARP == 0 || i * WARP + threadIdx.x % WARP < USED * CHUNKS;
-}
-__device__ __forceinline__ unsigned used_of(unsigned i) { return is_item(i) ? (i * WARP + threadIdx.x % WARP) / CHUNKS : 0; }
-__device__ __forceinline__ unsigned chunk_of(unsigned i) { return (i * WARP + threadIdx.x % WARP) % CHUNKS; }
+struct Task {
+    unsigned pair, slice;
+    const void *codes, *scales, *points;
+    float factor;
+    // The next expert of `token` that the warp has; its addresses hang on two loads.
+    __device__ __forceinline__ Task(unsigned token, unsigned task, const int *experts, const float *weights, const long long *table)
+        : pair(token * USED + task / SLICES), slice(task % SLICES) {
+        const long long *entry = table + experts[pair] * ADDRESSES;
+        codes = (const void *)entry[2], scales = (const void *)entry[3], points = ZERO ? (const void *)entry[5] : nullptr;
+        factor = weights[pair] * CODE_UNIT<BITS>;
+    }
+};
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     experts_down(const __half *__restrict__ act, const int *__restrict__ experts, const float *__restrict__ weights,
                  const float *__restrict__ r, __half *__restrict__ out, const long long *__restrict__ table,
                  const uint4 *__restrict__ shared_codes, const void *__restrict__ shared_scales,
                  const unsigned char *__restrict__ shared_zero_points) {
-    DYNAMIC_SHARED(dynamic); // of the block: activations, the shared expert's, codes, the shared expert's
-    const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, token = blockIdx.y;
-    const unsigned first = (blockIdx.x * WARPS + warp) * ROWS;
-    uint4 *const activations = (uint4 *)dynamic, *const shared_activations = activations + USED * WIDTH / 8;
-    uint4 *const codes_of_block = shared_activations + SHARED_WIDTH / 8;
-    uint4 *const staged = codes_of_block + warp * USED * UNITS, *const target = staged + staged_unit(lane);
-#if SHARED_WIDTH
-    // These are the same whatever was routed, so they need not wait for it.
-    uint4 *const staged_shared = codes_of_block + WARPS * USED * UNITS + threadIdx.x;
-    load_shared<ROWS>(staged_shared, THREADS, first, shared_codes);
-    copies_commit();
-#endif
-    grid_dependency_wait();
-    // Addresses hang on two loads, so those of all experts are asked for together, by a lane each.
-    const unsigned mine = token * USED + (lane < USED ? lane : 0);
-    const long long *entry = table + experts[mine] * ADDRESSES;
-    const long long codes = entry[2], scales = entry[3], points = ZERO ? entry[5] : 0;
-    const float weight = weights[mine] * CODE_UNIT<BITS>;
-#pragma unroll
-    for (int i = 0; i < COPIES; ++i) {
-        const unsigned unit = i * WARP + lane;
-        const bool present = USED * UNITS % WARP == 0 || unit < USED * UNITS;
-        const uint4 *item = (const uint4 *)__shfl_sync(FULL_WARP, codes, present ? unit / UNITS : 0);
-        if (present) copy_async(target + i * WARP, item + first * CHUNKS + unit % UNITS);
-        if (i == FIRST_COPIES - 1 || i == COPIES - 1) copies_commit();
+    __shared__ float partial[PARTIALS][ROWS];
+    const unsigned warp = threadIdx.x / WARP, token = blockIdx.y, first = blockIdx.x * ROWS;
+    grid_launch_dependents();
+    if (warp < WARPS) {
+        grid_dependency_wait();
+        unsigned index = warp;
+        Activations activations;
+        activations.load(act + (token * USED + index / SLICES) * WIDTH, index % SLICES);
+        Codes codes;
+        float sums[GROUPS] = {};
+        {
+            const Task task(token, index, experts, weights, table);
+            codes.load(task.codes, task.scales, task.points, first, task.slice);
+            codes.multiply(sums, activations, task.slice, task.factor);
+        }
+        if (TASKS > WARPS)
+            while ((index += WARPS) < TASKS) {
+                const Task task(token, index, experts, weights, table);
+                activations.load(act + task.pair * WIDTH, task.slice);
+                codes.load(task.codes, task.scales, task.points, first, task.slice);
+                codes.multiply(sums, activations, task.slice, task.factor);
+            }
+        store_sums(partial[warp], sums);
     }
-    float factors[ITEMS][ROWS];
-#pragma unroll
-    for (int i = 0; i < ITEMS; ++i) {
-        const __half *item = (const __half *)__shfl_sync(FULL_WARP, scales, used_of(i));
-        const float share = __shfl_sync(FULL_WARP, weight, used_of(i));
-#pragma unroll
-        for (int row = 0; row < ROWS; ++row)
-            factors[i][row] = is_item(i) ? share * __half2float(__ldg(item + scale_place(first + row, chunk_of(i)))) : 0.0f;
-    }
-    const uint4 *x = (const uint4 *)(act + token * USED * WIDTH);
-    for (unsigned piece = threadIdx.x; piece < USED * WIDTH / 8; piece += THREADS) activations[swizzled<BITS>(piece)] = x[piece];
 #if SHARED_WIDTH
-    stage_shared(r + token * R_STRIDE, (__half *)shared_activations);
+    else {
+        DYNAMIC_SHARED(dynamic);
+        const unsigned lane = threadIdx.x % WARP, part = warp - WARPS, row = first + part * SHARED_ROWS;
+        __half *const activations = (__half *)dynamic + part * SHARED_WIDTH;
+        uint4 *const staged = (uint4 *)((__half *)dynamic + SHARED_WARPS * SHARED_WIDTH) + part * WARP * shared_units(SHARED_ROWS) + lane;
+        load_shared<SHARED_ROWS>(staged, WARP, row, shared_codes); // these are the same whatever was routed
+        copies_commit();
+        SharedScales<SHARED_ROWS> scales;
+        scales.load(row, shared_scales, shared_zero_points);
+        grid_dependency_wait();
+        const float gate = sigmoid(r[token * R_STRIDE + GATE_OFFSET]);
+        stage_shared(r + token * R_STRIDE, activations, lane, WARP);
+        copies_wait(0);
+        __syncwarp();
+        float sums[SHARED_ROWS] = {};
+        add_shared<SHARED_ROWS>(sums, staged, WARP, row, gate, activations, shared_codes, scales);
+        scatter_sums<SHARED_ROWS>(sums);
+        if (lane % (WARP / SHARED_ROWS) == 0) partial[WARPS][part * SHARED_ROWS + lane / (WARP / SHARED_ROWS)] = sums[0];
+    }
 #endif
     __syncthreads();
-    float sums[ROWS] = {};
-#if SHARED_WIDTH
-    copies_wait(FIRST_COPIES < COPIES ? 2 : 1);
-    const float gate = sigmoid(r[token * R_STRIDE + GATE_OFFSET]);
-    add_shared<ROWS>(sums, staged_shared, THREADS, first, gate, (const __half *)shared_activations, shared_codes, shared_scales,
-                     shared_zero_points);
-#endif
+    if (threadIdx.x < ROWS) {
+        float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < ITEMS; ++i) {
-        const unsigned char *points_of_item = (const unsigned char *)(ZERO ? __shfl_sync(FULL_WARP, points, used_of(i)) : 0);
-        __half2 x[CHUNK<BITS> / 2];
-        read_activations<BITS>(x, activations, used_of(i) * CHUNKS + chunk_of(i));
-        if (i == 0 || i == FIRST_ITEMS) {
-            copies_wait(i == FIRST_ITEMS ? 0 : 1);
-            __syncwarp();
-        }
-#pragma unroll
-        for (int row = 0; row < ROWS; ++row) {
-            const uint4 loaded = staged[staged_chunk(used_of(i) * UNITS, row, chunk_of(i))];
-            const Zero<BITS> zero = zero_of(points_of_item, first + row, chunk_of(i));
-            sums[row] += factors[i][row] * dot_chunk<BITS>(loaded, x, zero);
-        }
+        for (unsigned i = 0; i < PARTIALS; ++i) sum += partial[i][threadIdx.x];
+        out[token * HIDDEN + first + threadIdx.x] = __float2half(sum);
     }
-    scatter_sums<ROWS>(sums);
-    if (lane % (WARP / ROWS) == 0)
-        out[token * HIDDEN + first + lane / (WARP / ROWS)] = __float2half(sums[0]);
 }

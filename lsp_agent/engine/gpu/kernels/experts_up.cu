@@ -4,12 +4,15 @@
 // asks for all of their codes at once and keeps the token's activations in registers.
 //
 // Macros: BATCH, USED, HIDDEN, WIDTH, BITS, BLOCK (columns of a scale), ZERO (with zero points), ADDRESSES (of an expert, in
-// `table`), ROWS (a multiple of INTERLEAVE), WARPS, ROUTED (1: it also
-// does what route does, with EXPERTS, R_STRIDE and NORMALISE). Dynamic shared memory: the codes of a block.
+// `table`), ROWS (a multiple of INTERLEAVE), WARPS, ROUTED (1: it also does what route does, with EXPERTS, R_STRIDE and
+// NORMALISE), CACHED (1: cache_route has chosen, and cache_fetch runs beside). Dynamic shared memory: the codes of a block.
 
 #include "codes.cuh"
 #if ROUTED
 #include "routing.cuh"
+#elif CACHED
+#define PAIRS (BATCH * USED)
+#include "coming.cuh"
 #endif
 
 #define COLUMNS HIDDEN
@@ -33,6 +36,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #if ROUTED
     experts_up(const __half *__restrict__ normed, const float *__restrict__ r, __half *__restrict__ act, int *__restrict__ experts,
                float *__restrict__ weights, const long long *__restrict__ table) {
+#elif CACHED
+    experts_up(const __half *__restrict__ normed, const int *__restrict__ experts, const int *__restrict__ copies,
+               const int *, __half *__restrict__ act, const long long *__restrict__ table) {
 #else
     experts_up(const __half *__restrict__ normed, const int *__restrict__ experts, __half *__restrict__ act,
                const long long *__restrict__ table) {
@@ -41,11 +47,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, pair = blockIdx.y;
     const unsigned first = (blockIdx.x * WARPS + warp) * ROWS;
     uint4 *staged = (uint4 *)dynamic + warp * UNITS, *target = staged + staged_unit(lane);
+#if !CACHED
     grid_dependency_wait();
+#endif
+    grid_launch_dependents();
 #if ROUTED
     const int expert = choose_for_block(r, pair, blockIdx.x == 0 && pair % USED == 0, experts, weights);
 #else
     const int expert = experts[pair];
+#if CACHED
+    if (is_coming(expert, copies)) grid_dependency_wait();
+#endif
 #endif
     const long long *entry = table + expert * ADDRESSES;
     const uint4 *codes = (const uint4 *)entry[0] + first * CHUNKS + lane;
@@ -89,6 +101,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             sums[row] += factors[row][i] * dot_chunk<BITS>(loaded, x[i], zero);
         }
     }
+#if CACHED
+    grid_dependency_wait(); // before anything is written
+#endif
     scatter_sums<ROWS>(sums);
     const float other = __shfl_xor_sync(FULL_WARP, sums[0], WARP / ROWS);
     if (lane % (2 * WARP / ROWS) == 0)

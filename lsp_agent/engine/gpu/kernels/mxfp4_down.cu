@@ -46,19 +46,21 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (part == 0) load_shared<SHARED_ROWS>(staged, THREADS, first + first_of_warp, shared_codes);
 #endif
     grid_dependency_wait();
+    grid_launch_dependents();
 #if SHARED_WIDTH
     if (part == 0) {
-        stage_shared(r + token * R_STRIDE, activations);
+        stage_shared(r + token * R_STRIDE, activations, threadIdx.x, THREADS);
         const float gate = sigmoid(r[token * R_STRIDE + GATE_OFFSET]);
         __syncthreads();
 #pragma unroll 1
         for (unsigned row = first_of_warp; row < BLOCK_ROWS; row += WARPS * SHARED_ROWS) {
             if (row != first_of_warp) load_shared<SHARED_ROWS>(staged, THREADS, first + row, shared_codes);
             copies_commit();
+            SharedScales<SHARED_ROWS> scales;
+            scales.load(first + row, shared_scales, shared_zero_points);
             copies_wait(0);
             float sums[SHARED_ROWS] = {};
-            add_shared<SHARED_ROWS>(sums, staged, THREADS, first + row, gate, activations, shared_codes, shared_scales,
-                                    shared_zero_points);
+            add_shared<SHARED_ROWS>(sums, staged, THREADS, first + row, gate, activations, shared_codes, scales);
             scatter_sums<SHARED_ROWS>(sums);
             if (lane % (WARP / SHARED_ROWS) == 0) sums_of_part[row + lane / (WARP / SHARED_ROWS)] = sums[0];
         }

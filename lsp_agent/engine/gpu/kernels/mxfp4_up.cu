@@ -4,12 +4,15 @@
 // and all columns: its threads take 32 rows of 16 columns each, the rows' groups next to one another.
 //
 // Macros: BATCH, USED, HIDDEN, WIDTH, ADDRESSES, BLOCK_ROWS (32, 64, 128 …), THREADS, SCALES_BY_BLOCK,
-// ROUTED (1: it also does what route does, with EXPERTS, R_STRIDE and NORMALISE).
+// ROUTED and CACHED (as of experts_up).
 // Dynamic shared memory: STEP * 16 bytes a thread.
 
 #include "mxfp4.cuh"
 #if ROUTED
 #include "routing.cuh"
+#elif CACHED
+#define PAIRS (BATCH * USED)
+#include "coming.cuh"
 #endif
 
 #define GROUPS (BLOCK_ROWS / GROUP)
@@ -23,6 +26,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #if ROUTED
     mxfp4_up(const __half *__restrict__ normed, const float *__restrict__ r, __half *__restrict__ act, int *__restrict__ experts,
              float *__restrict__ weights, const long long *__restrict__ table) {
+#elif CACHED
+    mxfp4_up(const __half *__restrict__ normed, const int *__restrict__ experts, const int *__restrict__ copies, const int *,
+             __half *__restrict__ act, const long long *__restrict__ table) {
 #else
     mxfp4_up(const __half *__restrict__ normed, const int *__restrict__ experts, __half *__restrict__ act,
              const long long *__restrict__ table) {
@@ -34,11 +40,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const unsigned group = thread % GROUPS, part = thread / GROUPS;
     const bool present = THREADS == GROUPS * PARTS || part < PARTS;
     const unsigned row = blockIdx.x * BLOCK_ROWS + group * GROUP, column = present ? part * STEP : 0;
+#if !CACHED
     grid_dependency_wait();
+#endif
+    grid_launch_dependents();
 #if ROUTED
     const int expert = choose_for_block(r, pair, blockIdx.x == 0 && pair % USED == 0, experts, weights);
 #else
     const int expert = experts[pair];
+#if CACHED
+    if (is_coming(expert, copies)) grid_dependency_wait();
+#endif
 #endif
     const long long *entry = table + expert * ADDRESSES;
     load_columns<2 * WIDTH>(staged, THREADS, (const uint4 *)entry[0], row, column, present);
@@ -54,6 +66,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int i = 0; i < KEPT; ++i) partial[thread / WARP][group * GROUP + lane / GROUPS * KEPT + i] = values[i];
     __syncthreads();
+#if CACHED
+    grid_dependency_wait(); // before anything is written
+#endif
     for (unsigned i = thread; i < BLOCK_ROWS / 2; i += THREADS) {
         float gate = 0.0f, up = 0.0f;
 #pragma unroll

@@ -34,8 +34,17 @@ struct Choice {
     float weight; // and its share; what lanes from USED on hold means nothing
 };
 
+// Memory that a warp chooses in: keys and experts. First those that may be among the chosen, then these by rank.
+struct Contest {
+    uint2 candidates[EXPERTS], chosen[USED];
+};
+
 // Of `logits` [EXPERTS]. NORMALISE: the shares of the chosen add up to 1, else they are those of a softmax over all.
-__device__ __forceinline__ Choice choose_experts(const float *logits) {
+//
+// Taking the largest of all USED times over would be a long chain of steps. Instead every lane takes the largest of its
+// own, and the USED-th of these is one that no chosen one falls short of; few others do not, and they are ranked by
+// comparing each with each.
+__device__ __forceinline__ Choice choose_experts(const float *logits, Contest &contest) {
     const int lane = lane_index();
     unsigned keys[LANE_LOGITS];
 #pragma unroll
@@ -43,34 +52,50 @@ __device__ __forceinline__ Choice choose_experts(const float *logits) {
         const int expert = i * WARP + lane;
         keys[i] = EXPERTS % WARP == 0 || expert < EXPERTS ? ordered(logits[expert]) : 0u;
     }
-#if !NORMALISE
-    float largest = __uint_as_float(0xff800000u), sum = 0.0f; // minus infinity, for which NVRTC has no name
+    unsigned best = 0;
 #pragma unroll
-    for (int i = 0; i < LANE_LOGITS; ++i)
-        if (keys[i]) largest = fmaxf(largest, from_ordered(keys[i]));
-    largest = warp_max(largest);
+    for (int i = 0; i < LANE_LOGITS; ++i) best = keys[i] > best ? keys[i] : best;
+    int larger = 0;
+#pragma unroll
+    for (int i = 0; i < WARP; ++i) larger += __shfl_sync(FULL_WARP, best, i) > best;
+    const unsigned least = ~warp_largest(larger < USED ? ~best : 0u);
+#if !NORMALISE
+    const float largest = from_ordered(warp_largest(best));
+    float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < LANE_LOGITS; ++i)
         if (keys[i]) sum += expf(from_ordered(keys[i]) - largest);
     sum = warp_sum(sum);
 #endif
-    Choice choice = {0, 0.0f};
-    float value = 0.0f;
-#pragma unroll 1
-    for (int rank = 0; rank < USED; ++rank) {
-        unsigned best = 0;
-        int place = 0;
+    int own = 0;
 #pragma unroll
-        for (int i = 0; i < LANE_LOGITS; ++i)
-            if (keys[i] > best) best = keys[i], place = i;
-        const unsigned winner = warp_largest(best);
-        // The lowest index among the lanes that have the largest, as the largest complement.
-        const int expert = (int)~warp_largest(best == winner ? ~(unsigned)(place * WARP + lane) : 0u);
+    for (int i = 0; i < LANE_LOGITS; ++i) own += keys[i] >= least && i * WARP + lane < EXPERTS;
+    int place = own;
 #pragma unroll
-        for (int i = 0; i < LANE_LOGITS; ++i)
-            if (expert == i * WARP + lane) keys[i] = 0;
-        if (lane == rank) choice.expert = expert, value = from_ordered(winner);
+    for (int offset = 1; offset < WARP; offset *= 2) {
+        const int before = __shfl_up_sync(FULL_WARP, place, offset);
+        place += lane >= offset ? before : 0;
     }
+    const int count = __shfl_sync(FULL_WARP, place, WARP - 1);
+    place -= own;
+#pragma unroll
+    for (int i = 0; i < LANE_LOGITS; ++i)
+        if (keys[i] >= least && i * WARP + lane < EXPERTS) contest.candidates[place++] = make_uint2(keys[i], i * WARP + lane);
+    __syncwarp();
+    for (int i = lane; i < count; i += WARP) {
+        const uint2 mine = contest.candidates[i];
+        int rank = 0;
+#pragma unroll 8
+        for (int j = 0; j < count; ++j) {
+            const uint2 other = contest.candidates[j];
+            rank += other.x > mine.x || (other.x == mine.x && other.y < mine.y);
+        }
+        if (rank < USED) contest.chosen[rank] = mine;
+    }
+    __syncwarp();
+    const uint2 found = contest.chosen[lane < USED ? lane : 0];
+    const float value = from_ordered(found.x);
+    Choice choice = {(int)found.y, 0.0f};
 #if NORMALISE
     const float first = __shfl_sync(FULL_WARP, value, 0);
     choice.weight = lane < USED ? expf(value - first) : 0.0f;
@@ -84,10 +109,11 @@ __device__ __forceinline__ Choice choose_experts(const float *logits) {
 // The expert of the pair (token, rank) `pair`, for all threads of a block, which need no kernel before them for it then;
 // `writes`: whether the block also writes what its token's warp has found to `experts` and `weights` [tokens, USED].
 __device__ __forceinline__ int choose_for_block(const float *r, unsigned pair, bool writes, int *experts, float *weights) {
+    __shared__ Contest contest;
     __shared__ int chosen;
     const unsigned token = pair / USED, lane = threadIdx.x;
     if (lane < WARP) {
-        const Choice choice = choose_experts(r + token * R_STRIDE);
+        const Choice choice = choose_experts(r + token * R_STRIDE, contest);
         if (lane == pair % USED) chosen = choice.expert;
         if (writes && lane < USED) {
             experts[token * USED + lane] = choice.expert;

@@ -42,7 +42,7 @@ def matrix(segment: Segment, columns: int, random: np.random.Generator) -> Matri
     values = (codes.astype(np.float32) - zeros[..., None]) * scales[..., None].astype(np.float32)
     corrections = None
     if segment.corrections:
-        corrections = (scales * random.uniform(-0.5, 0.5, scales.shape)).astype(dtype)
+        corrections = (scales.astype(np.float64) * random.uniform(-0.5, 0.5, scales.shape)).astype(dtype)
         values += corrections[..., None].astype(np.float32)
     packed = codes if segment.bits == 8 else _nibbles(codes)
     packed_zeros = zeros if segment.bits == 8 else _nibbles(np.pad(zeros, ((0, 0), (0, blocks % 2))))

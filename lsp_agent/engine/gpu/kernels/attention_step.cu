@@ -51,7 +51,8 @@ struct Head {
     float2 x[PAIRS], norm[PAIRS];
     __device__ __forceinline__ void load_norm(const float *from, int lane) {
 #pragma unroll
-        for (int i = 0; i < PAIRS; i++) norm[i] = QK_NORM ? ((const float2 *)from)[i * LANES + lane] : float2{1.0f, 1.0f};
+        for (int i = 0; i < PAIRS; i++)
+            norm[i] = QK_NORM ? ((const float2 *)from)[i * LANES + lane] : make_float2(1.0f, 1.0f);
     }
     __device__ __forceinline__ void load(const float *from, int lane) {
 #pragma unroll

@@ -18,7 +18,8 @@ constexpr int EACH = (PIECES + BLOCKS - 1) / BLOCKS;              // logits of a
 constexpr int EACH_FOUND = (BLOCKS * BEST + THREADS - 1) / THREADS; // keys of a thread of the last block
 constexpr int MOST_EACH = EACH > EACH_FOUND ? EACH : EACH_FOUND;
 constexpr int KEPT = (BEST < THREADS ? BEST : THREADS) * MOST_EACH;
-static_assert(BEST <= THREADS && BLOCKS <= THREADS && (KEPT + THREADS) * 16 < 46 * 1024, "what is left fits in shared memory");
+static_assert(BEST <= THREADS && BLOCKS <= THREADS, "a thread for each");
+static_assert((KEPT + THREADS) * 16 < 46 * 1024, "what is left fits in shared memory");
 
 // NVRTC knows no INFINITY.
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }

@@ -100,8 +100,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const float decay = expf(rate * (step > 20.0f ? step : log1pf(expf(step))));
 
     __syncthreads();
-    // In place (a ring of one), whoever reads the key head's q and k last puts their windows into the ring: a block that
-    // wrote them earlier would shift them under the others.
+    // In place (a ring of one), whoever reads the key head's q and k last puts their windows into the ring: a block
+    // that wrote them earlier would shift them under the others.
     const bool in_place = turn == next_turn;
     int arrived = 0;
     int *counter = counters + sequence * KEY_HEADS + key_head;

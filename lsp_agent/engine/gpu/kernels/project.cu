@@ -7,8 +7,8 @@
 // added to every value of a block, are multiplied with the block's sum of activations, which a warp's rows share.
 //
 // Macros: BATCH, COLUMNS, THREADS, BLOCKS (the grid), BUFFER, TERMS (4, 8 or 16), OUT_HALF, SEGMENTS; of each segment
-// s: ROWS_s, BITS_s (4, 8, or 16: floats, [COLUMNS, ROWS]), BLOCK_s, SCALE_HALF_s, ZERO_s, CORRECTED_s, AT_ONCE_s; PROLOGUE,
-// and what it needs (prologue.cuh): DELTA, WRITE_NORMED, EPSILON, HEAD, P_STRIDE, Z_OFFSET.
+// s: ROWS_s, BITS_s (4, 8, or 16: floats, [COLUMNS, ROWS]), BLOCK_s, SCALE_HALF_s, ZERO_s, CORRECTED_s, AT_ONCE_s;
+// PROLOGUE, and what it needs (prologue.cuh): DELTA, WRITE_NORMED, EPSILON, HEAD, P_STRIDE, Z_OFFSET.
 
 #include "common.cuh"
 #include "prologue.cuh"
@@ -31,7 +31,8 @@ __host__ __device__ constexpr int power_of_two(int least) {
 constexpr int SUMS = power_of_two(MOST_ROWS * BATCH);
 static_assert(SUMS <= WARP, "a lane for each sum");
 
-// What a lane has of its warp's rows and tile: chunks, and their scales, zero points and corrections as they are stored.
+// What a lane has of its warp's rows and tile: chunks, and their scales, zero points and corrections as they are
+// stored.
 struct Buffer {
     uint4 codes[BUFFER];
     unsigned scales[BUFFER][SCALES];

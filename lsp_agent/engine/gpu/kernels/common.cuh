@@ -7,7 +7,8 @@
 constexpr unsigned FULL_WARP = 0xffffffffu;
 constexpr int WARP = 32;
 
-// The kernel's dynamic shared memory (Launch.shared bytes), aligned to 16 bytes; DYNAMIC_SHARED(name) at a kernel's top.
+// The kernel's dynamic shared memory (Launch.shared bytes), aligned to 16 bytes; DYNAMIC_SHARED(name) at a kernel's
+// top.
 #ifdef CUDA_EMULATOR
 #define DYNAMIC_SHARED(name) unsigned char *const name = emulator::dynamic_shared
 #else
@@ -135,8 +136,8 @@ __device__ __forceinline__ void copies_wait(int groups) {
 
 // ---- Counting blocks ----
 
-// Count one more at `counter`, in one thread of a block, between barriers; returns the count before. What the block wrote
-// before is visible to the blocks that count later, after the barrier that follows.
+// Count one more at `counter`, in one thread of a block, between barriers; returns the count before. What the block
+// wrote before is visible to the blocks that count later, after the barrier that follows.
 __device__ __forceinline__ int arrive(int *counter) {
 #ifdef __CUDA_ARCH__
     int before;

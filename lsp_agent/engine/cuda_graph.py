@@ -15,6 +15,7 @@ from lsp_agent.engine.gpu.expert_staging import ExpertStaging
 from lsp_agent.engine.gpu.operators import DOMAIN
 from lsp_agent.engine.gpu.prompt_kernels import PromptKernels, covers
 from lsp_agent.engine.gpu.shared_experts import SharedExperts
+from lsp_agent.engine.gpu.split_delta import DELTA_RULE, SplitDelta
 from lsp_agent.engine.graph import CONTRIB, SWIGLU, GraphBuilder
 from lsp_agent.engine.package import Experts, Extent, LinearPart, Package
 from lsp_agent.errors import UserError
@@ -28,8 +29,8 @@ class CudaGraph(GraphBuilder):
 
     `shared`: matrices and experts are read from memory that `DeviceWeights.share` gives the session, so the graph only
     names them, and integer experts are packed. `staging`: experts are in main memory and are fetched through it.
-    `calls`: integer experts without zero points are called through it. `kernels`: ours, where they are faster. With any
-    of these three the session must know our operators.
+    `calls`: integer experts without zero points are called through it. `kernels`: ours, where they are faster.
+    `delta`: the delta rule is called through it. With any of these four the session must know our operators.
     """
 
     element = "float16"
@@ -42,9 +43,11 @@ class CudaGraph(GraphBuilder):
         staging: ExpertStaging | None = None,
         calls: SharedExperts | None = None,
         kernels: PromptKernels | None = None,
+        delta: SplitDelta | None = None,
     ) -> None:
         super().__init__(package, context)
-        self._shared, self._staging, self._calls, self._kernels = shared, staging, calls, kernels
+        self._shared, self._staging, self._calls = shared, staging, calls
+        self._kernels, self._delta = kernels, delta
         # With this variant of its kernel for few tokens ONNX Runtime finds no tiles for int4 gate and up of prompts: it
         # asks for memory that the search for the best ones does not give, so each fails and the smallest is taken.
         os.environ.setdefault("ORT_DISABLE_MOE_GEMV_SPLITK2_SWIGLU", "1")
@@ -108,25 +111,22 @@ class CudaGraph(GraphBuilder):
 
     def delta_rule(self, linear: LinearAttentionConfig, prefix: str, qkv: list[str], step: str, rate: str) -> str:
         """See `GraphBuilder.delta_rule`."""
-        value_width = linear.value_heads * linear.value_size
-        shapes = [(linear.key_heads, linear.key_size)] * 2 + [(linear.value_heads, linear.value_size)]
-        heads = [self.reshape(part, [0, 0, *shape]) for part, shape in zip(qkv, shapes, strict=True)]
         gates = [self.op("Cast", [gate], to=TensorProto.FLOAT) for gate in (step, rate)]
         # The kernel wants A_log, of which the package holds -exp(A_log).
-        a_log = self.constant(f"{prefix}.a_log", np.log(-self.values(f"{prefix}.ssm_a")))
-        dt = self.constant(f"{prefix}.ssm_dt.fp32", self.values(f"{prefix}.ssm_dt"))
+        a_log, dt = np.log(-self.values(f"{prefix}.ssm_a")), self.values(f"{prefix}.ssm_dt")
         shape = (linear.value_heads, linear.value_size, linear.key_size)
         past, present = self.recurrent_state(f"{prefix}.delta", shape, "float32")
-        attended = self.op(
-            "GatedDeltaNet",
-            [*heads, "", *gates, past, a_log, dt],
-            domain=CONTRIB,
-            more_outputs=(present,),
-            update_rule="gated_delta",
-            gate_activation="qwen",
-            beta_activation="sigmoid",
-            qk_l2_norm=1,
-        )
+        if self._delta is not None:
+            self.domains.add(DOMAIN)
+            attended = f"{prefix}.attended"
+            self._nodes.append(self._delta.node(prefix, [*qkv, *gates, past], [attended, present], a_log, dt))
+            return attended
+        shapes = [(linear.key_heads, linear.key_size)] * 2 + [(linear.value_heads, linear.value_size)]
+        heads = [self.reshape(part, [0, 0, *shape]) for part, shape in zip(qkv, shapes, strict=True)]
+        constants = [self.constant(f"{prefix}.a_log", a_log), self.constant(f"{prefix}.ssm_dt.fp32", dt)]
+        inputs = [*heads, "", *gates, past, *constants]
+        attended = self.op("GatedDeltaNet", inputs, domain=CONTRIB, more_outputs=(present,), **DELTA_RULE)
+        value_width = linear.value_heads * linear.value_size
         return self.reshape(attended, [0, 0, value_width])
 
     def _half(self, name: str, values: np.ndarray) -> str:

@@ -105,6 +105,7 @@ typedef int LaunchKernelEx(const LaunchConfig *config, void *function, void **ar
 
 // ---- A node that calls a function on the host instead ----
 
-// `values`: addresses of inputs, outputs and pointers; `rows`: of the first input, all its dimensions but the last.
+// `values`: addresses of inputs, outputs and pointers; `rows`: all dimensions but the last of the first input, multiplied;
+// `length`: its last dimension but one.
 // Returns null, or what is wrong, which stays valid until the next call.
-typedef const char *HostFunction(int64_t rows, void **values);
+typedef const char *HostFunction(int64_t rows, int64_t length, void **values);

@@ -239,7 +239,7 @@ static Status *compute(void *opaque, Context *context) {
     Status *status = gather(kernel, context, values, &count, &extent);
     if (status) return status;
     if (kernel->host) {
-        const char *wrong = ((HostFunction *)kernel->function)(extent.rows, values);
+        const char *wrong = ((HostFunction *)kernel->function)(extent.rows, extent.length, values);
         return wrong ? failed(launcher->api, EP_FAIL, kernel->kernel, wrong) : NULL;
     }
     unsigned grid[3] = {kernel->grid[0], kernel->grid[1], kernel->grid[2]};

@@ -105,14 +105,12 @@ def launch_node(
     )
 
 
-def host_node(name: str, function: int, inputs: Sequence[str], output: str) -> NodeProto:
+def host_node(name: str, function: int, inputs: Sequence[str], outputs: Sequence[Output]) -> NodeProto:
     """A node that calls `function` on the host (see `HostFunction` in abi.h) while the work before it is queued.
 
-    `output` is fp16 and has the shape of the first of `inputs`, [batch, length, columns]; none of them is absent.
-    `name` is for errors.
+    Sizes of outputs that are 0 are those of the first input; `name` is for errors.
     """
-    launch = Launch(name, (), (1, 1, 1), (1, 1, 1))
-    node = launch_node(launch, function, inputs, [(output, "h", (0, 0, 0))], rows=1)
+    node = launch_node(Launch(name, (), (1, 1, 1), (1, 1, 1)), function, inputs, outputs, rows=1)
     node.attribute.append(helper.make_attribute("host", 1))
     return node
 

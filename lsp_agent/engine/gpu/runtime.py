@@ -19,6 +19,7 @@ from lsp_agent.engine.gpu.operators import cuda_launcher, register
 from lsp_agent.engine.gpu.placement import Placement
 from lsp_agent.engine.gpu.prompt_kernels import PromptKernels
 from lsp_agent.engine.gpu.shared_experts import SharedExperts
+from lsp_agent.engine.gpu.split_delta import SplitDelta, covers
 from lsp_agent.engine.gpu.step_builder import DeviceTrace, NoKernel, StepBuilder
 from lsp_agent.engine.gpu.step_graph import build_step
 from lsp_agent.engine.gpu.steps import StepRunner
@@ -55,7 +56,10 @@ class GpuRuntime:
             staging = ExpertStaging(self._weights.experts, memory, self._compiler)
         self._experts = self._shared_experts(staging)
         kernels = PromptKernels(self._weights.address, self._compiler)
-        graph = CudaGraph(package, context, shared=True, staging=staging, calls=self._experts, kernels=kernels)
+        linear, self._delta = package.config.linear_attention, None
+        if linear is not None and covers(linear):
+            self._delta = SplitDelta(linear, self._weights.constant, device.name, device.providers({}))
+        graph = CudaGraph(package, context, True, staging, self._experts, kernels, self._delta)
         build_decoder(architecture(package.config.architecture), package.config, graph)
         self.states = graph.states
         options, model = graph.session_options(threads), graph.model()

@@ -7,7 +7,6 @@ one node of each shape, in a session of its own, which gets the layers' weights 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,13 +15,13 @@ import onnxruntime as ort
 from onnx import NodeProto, TensorProto, helper
 
 from lsp_agent.engine.device import CudaDevice
+from lsp_agent.engine.gpu.host_call import HostCall, without_waiting
 from lsp_agent.engine.gpu.operators import host_node
 from lsp_agent.engine.gpu.weights import borrowed
 from lsp_agent.engine.graph import CONTRIB, IR_VERSION, OPSET
 
 FEWEST_TOKENS = 16
 """Runs of fewer are rare, and their search is short."""
-_HOST_FUNCTION = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_void_p))
 _TOKENS, _LOGITS, _RESULT = "tokens", "logits", "result"
 
 
@@ -60,7 +59,7 @@ class SharedExperts:
             for name, tensor in there.items()
         }
         self.layers.append(ExpertLayer(self.sessions[model], bound, self._device, hidden, count))
-        return host_node(output, self.layers[-1].function, inputs, output)
+        return host_node(output, self.layers[-1].call.function, inputs, [(output, "h", (0, 0, 0))])
 
     def try_tiles(self, most: int, device: CudaDevice) -> None:
         """Let the kernels find their tiles for up to `most` tokens now, so that no prompt waits for it: 2 s on an H100
@@ -87,21 +86,8 @@ class ExpertLayer:
         self._binding = session.io_binding()
         for name, value in weights.items():
             self._binding.bind_ortvalue_input(name, value)
-        self._options = ort.RunOptions()
-        # Whoever reads the result waits for it.
-        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self._callback = _HOST_FUNCTION(self._call)
-        self.function = ctypes.cast(self._callback, ctypes.c_void_p).value or 0
-        self._wrong = ctypes.create_string_buffer(b"")
-
-    def _call(self, rows: int, values: Any) -> int:
-        """See `HostFunction` in abi.h."""
-        try:
-            self.run(rows, values[0], values[1], values[2])
-        except Exception as error:  # nothing may be raised into ONNX Runtime
-            self._wrong = ctypes.create_string_buffer(str(error).encode()[:400])
-            return ctypes.addressof(self._wrong)
-        return 0
+        self._options = without_waiting()
+        self.call = HostCall(lambda rows, _, addresses: self.run(rows, *addresses), 3)
 
     def run(self, tokens: int, x: int, logits: int, result: int) -> None:
         """Queue the experts' work on tokens whose arrays are at these addresses."""

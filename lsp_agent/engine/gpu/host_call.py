@@ -1,0 +1,40 @@
+"""Functions on the host that nodes of a graph call: they run another session in the middle of a run."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnxruntime as ort
+
+_HOST_FUNCTION = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.POINTER(ctypes.c_void_p))
+
+
+class HostCall:
+    """`run` as a function for `host_node`, with rows, length, and the addresses of `count` inputs and outputs.
+
+    It must live as long as the node's session. What `run` raises, the node's run raises as ONNX Runtime's error.
+    """
+
+    def __init__(self, run: Callable[[int, int, Sequence[int]], None], count: int) -> None:
+        self._run, self._count = run, count
+        self._callback = _HOST_FUNCTION(self._call)
+        self._wrong = ctypes.create_string_buffer(b"")
+        self.function = ctypes.cast(self._callback, ctypes.c_void_p).value or 0
+
+    def _call(self, rows: int, length: int, values: Any) -> int:
+        """See `HostFunction` in abi.h."""
+        try:
+            self._run(rows, length, values[: self._count])
+        except Exception as error:  # nothing may be raised into ONNX Runtime
+            self._wrong = ctypes.create_string_buffer(str(error).encode()[:400])
+            return ctypes.addressof(self._wrong)
+        return 0
+
+
+def without_waiting() -> ort.RunOptions:
+    """For a run whose result is read by what is queued after it, so that nobody need wait."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options

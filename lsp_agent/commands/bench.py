@@ -87,7 +87,9 @@ class _Result:
 @click.command()
 @click.option("--model", help="An installed model; by default random weights.")
 @click.option("--synthetic", "shape", help=f"Random weights in the shape of a known model, or `{TINY}`.")
-@click.option("--scheme", type=click.Choice(list(SCHEMES)), help="Of random weights; by default int4-64 for experts on a GPU.")
+@click.option(
+    "--scheme", type=click.Choice(list(SCHEMES)), help="Of random weights; by default int4-64 for experts on a GPU."
+)
 @click.option("--layers", type=click.IntRange(1), help="Of random weights, only so many.")
 @click.option("--placement", type=click.Choice(PLACEMENTS), help="By default the fastest that fits.")
 @click.option("--vram", type=SIZE, help="Use no more GPU memory than this, such as 24GiB.")

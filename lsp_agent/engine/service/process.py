@@ -63,9 +63,7 @@ def main() -> None:
     asyncio.run(_serve(server, engine, listener, arguments.idle_seconds, say))
 
 
-async def _serve(
-    server: EngineServer, engine: Engine, listener: socket.socket, idle_seconds: float, say: Say
-) -> None:
+async def _serve(server: EngineServer, engine: Engine, listener: socket.socket, idle_seconds: float, say: Say) -> None:
     http = uvicorn.Server(uvicorn.Config(server.app, log_level="warning", access_log=False, lifespan="off"))
     listener.listen()
     say({"ready": True})

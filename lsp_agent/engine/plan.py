@@ -150,7 +150,7 @@ def _experts(sizes: Sizes, where: Placement) -> list[Item]:
     every, total, count = tuple(sizes.experts), sum(sizes.experts.values()), sizes.expert_count
     if where.kind == "resident":
         return [Item(f"experts, {count} a layer", total, "gpu", every)]
-    slots = where.slots * sizes.slot if where.kind == "hybrid" else 0
+    slots = where.slots * sizes.slot
     return [
         Item(f"experts, {where.slots} of {count} a layer", slots, "gpu", every),
         Item(f"experts, {count} a layer", total, "pinned", every),

@@ -69,7 +69,8 @@ def choose(
         return Choice("cpu", None, f"{reason}; {_advice(sizes, plan, room, batch)}.")
     for prompts in (2, 1):
         plan = _host(sizes, context, room, prompts, batch)
-        slots = min((int(room.gpu * (1 - SPARE)) - plan.needed) // sizes.slot, sizes.expert_count - 1)
+        more = (int(room.gpu * (1 - SPARE)) - plan.needed) // sizes.slot
+        slots = min(plan.placement.slots + more, sizes.expert_count - 1)
         if wanted != "host" and room.holds(plan) and slots >= _least(sizes):
             filled = make_plan(sizes, context, Placement("hybrid", slots, plan.placement.chunk, prompts), batch)
             return Choice("hybrid", filled, "" if wanted else f"{reason}.")
@@ -83,16 +84,20 @@ def choose(
     return Choice("cpu", None, sentence)
 
 
-def _least(sizes: Sizes) -> int:
+def _used(sizes: Sizes) -> int:
     assert sizes.config.experts is not None
-    return LEAST_SLOTS * sizes.config.experts.used
+    return sizes.config.experts.used
+
+
+def _least(sizes: Sizes) -> int:
+    return LEAST_SLOTS * _used(sizes)
 
 
 def _host(sizes: Sizes, context: int, room: Room, prompts: int, batch: int) -> Plan:
     """All experts in main memory, with the longest chunks whose work space takes a sixth of the GPU's memory."""
     affordable = (c for c in HOST_CHUNKS if WORKSPACE_FACTOR * sizes.activations * c <= room.gpu / 6)
     chunk = min(next(affordable, HOST_CHUNKS[-1]), context)
-    return make_plan(sizes, context, Placement("host", 0, chunk, prompts), batch)
+    return make_plan(sizes, context, Placement("host", _used(sizes), chunk, prompts), batch)
 
 
 def shortage(plan: Plan, room: Room, name: str) -> str:

@@ -84,11 +84,15 @@ class ExpertMemory:
         for (key, name, source, change), nbytes, address in zip(found, sizes, addresses, strict=True):
             self.tensors[key] = ExpertTensor(address, nbytes // self._counts[name], nbytes)
             self.loads.append(Load(source, address, change, where))
-        if placement.kind == "hybrid":
+        if self._has_slots:
             for key, name, *_ in found:
                 stride, slots = self.tensors[key].stride, min(placement.slots, self._counts[name])
                 (address,) = memory.allocate([stride * slots])
                 self._slots[key] = ExpertTensor(address, stride, stride * slots)
+
+    @property
+    def _has_slots(self) -> bool:
+        return self.placement.kind != "resident" and self.placement.slots > 0
 
     def table(self, gate_up: str, down: str) -> int:
         """The address of a layer's table, int64 [experts, 4 or 6]: where each expert's gate and up codes, their scales,
@@ -104,7 +108,7 @@ class ExpertMemory:
 
     def cache(self, gate_up: str, down: str) -> ExpertCache | None:
         """The slots of a layer, filled; None where the experts do not move. Raises `ValueError` as `table` does."""
-        if self.placement.kind != "hybrid":
+        if not self._has_slots:
             return None
         if gate_up not in self._caches:
             self._caches[gate_up] = self._fill(gate_up, down)

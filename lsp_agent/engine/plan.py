@@ -21,8 +21,8 @@ WORKSPACE_BYTES = 600_000_000
 WORKSPACE_FACTOR = 2.0
 """ONNX Runtime's arena over the activations that are alive at once."""
 PACKED_SCALE_BYTES = 2
-"""ONNX Runtime's kernels for prompts read integer experts' scales in a layout of their own, packed when a session is
-made: a copy, and one for zero points. Not of MXFP4, and not where experts are fetched for each prompt."""
+"""Of experts with zero points, ONNX Runtime's kernels for prompts read scales and zero points in a layout of their own,
+packed when a session is made. (Other scales they transpose at each call, see `SharedExperts`.)"""
 PARALLEL_CONTEXT = 8192
 """Tokens of each answer of several and its prompt: room for all of them at the longest would be paid for always."""
 TRANSIENT_RING = 2
@@ -59,8 +59,8 @@ class Item:
 class Sizes:
     """Bytes of a model's parts. By block: dense matrices, all experts with their scales.
 
-    Of what prompts need besides: `packed_scales` where experts are resident and elsewhere, and `staging`, room for the
-    experts of one block, into which they are fetched from main memory. `a_token`: keys and values of one token;
+    Of what prompts need besides: `packed_scales`, and `staging`, room for the experts of one block, into which they are
+    fetched from main memory. `a_token`: keys and values of one token;
     `recurrent`: one buffer of a sequence's recurrent states; `activations`: of a token of a prompt.
     """
 
@@ -69,7 +69,7 @@ class Sizes:
     head: int
     dense: dict[int, int]
     experts: dict[int, int]
-    packed_scales: tuple[int, int]
+    packed_scales: int
     staging: int
     a_token: int
     recurrent: int
@@ -127,8 +127,7 @@ def make_plan(model: Model | Sizes, context: int, placement: Placement | None = 
         items.append(Item(what, sum(sizes.dense[index] for index in of), "gpu", tuple(of)))
     items.append(Item("output matrix", sizes.head, "gpu"))
     items += _experts(sizes, where)
-    packed = sizes.packed_scales[where.kind != "resident"]
-    items.append(Item("experts' scales for prompts", packed, "gpu", tuple(sizes.experts)))
+    items.append(Item("experts' scales for prompts", sizes.packed_scales, "gpu", tuple(sizes.experts)))
     running, kept = sizes.a_token * context, where.prompts
     ring = 1 + CudaDevice.history
     items += [
@@ -165,15 +164,15 @@ def sizes_of(model: Model) -> Sizes:
     dense = dict.fromkeys(range(config.layers), 0)
     experts: dict[int, int] = {}
     staged: dict[int, int] = {}
-    packed = [0, 0]
+    packed = 0
     for name, weight in model.weights.items():
         index = int(name.split(".")[1]) if name.startswith("blk.") else config.layers - 1  # the last norm
         if isinstance(weight, Rows):
             embedding += weight.blocks.nbytes
         elif isinstance(weight, Experts):
             experts[index] = experts.get(index, 0) + _part_bytes(weight.part)
-            resident, elsewhere, staging = _for_prompts(weight.part)
-            packed = [packed[0] + resident, packed[1] + elsewhere]
+            scales, staging = _for_prompts(weight.part)
+            packed += scales
             staged[index] = staged.get(index, 0) + staging
         elif isinstance(weight, Extent):
             dense[index] += _extent_bytes(weight)
@@ -187,21 +186,21 @@ def sizes_of(model: Model) -> Sizes:
         head,
         dense,
         experts,
-        (packed[0], packed[1]),
+        packed,
         max(staged.values(), default=0),
         *state_bytes(config),
         _activations(config),
     )
 
 
-def _for_prompts(part: LinearPart) -> tuple[int, int, int]:
-    """Packed scales of resident experts and of others, and what is fetched of others."""
+def _for_prompts(part: LinearPart) -> tuple[int, int]:
+    """Packed scales, and what is fetched of experts that are not resident."""
     if part.format is None or part.scales is None or part.codes is None:
-        return 0, 0, 0
-    scales = int(np.prod(part.scales.shape, dtype=np.int64))
+        return 0, 0
     if part.format.asymmetric:
-        return 2 * PACKED_SCALE_BYTES * scales, 2 * PACKED_SCALE_BYTES * scales, part.codes.nbytes
-    return PACKED_SCALE_BYTES * scales * (part.format.element == "int"), 0, _part_bytes(part)
+        scales = int(np.prod(part.scales.shape, dtype=np.int64))
+        return 2 * PACKED_SCALE_BYTES * scales, part.codes.nbytes
+    return 0, _part_bytes(part)
 
 
 def _extent_bytes(extent: Extent) -> int:

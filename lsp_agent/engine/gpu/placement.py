@@ -24,8 +24,8 @@ class Placement:
     """What a decoder needs to know of a plan.
 
     `resident`: all weights in GPU memory. `hybrid`: all experts in page-locked main memory, which the GPU reads in
-    place, and of each layer `slots` in GPU memory besides. `host`: the same with slots for one token's, in which they are
-    copied to be read by the kernels (without slots these read them over the bus, slower). `cpu`: no GPU.
+    place, and of each layer `slots` in GPU memory besides. `host`: the same with slots for those of one token, into
+    which they are copied for the kernels (without slots these read them over the bus, slower). `cpu`: no GPU.
     `chunk`: tokens of a prompt that are read in one run. `prompts`: past prompts whose states are kept.
     """
 

@@ -27,8 +27,6 @@ DOMAIN = "lsp_agent"
 """Of the operators; its version is 1."""
 SOURCE = Path(__file__).parent / "operators.c"
 HEADER = SOURCE.parent / "abi.h"
-OUTPUT_TYPES = {"float16": "h", "float32": "f", "int32": "i"}
-"""The letters of an operator's outputs, 1 to 4 of them."""
 
 Output = tuple[str, str, Sequence[int]]
 """An output's name (empty: absent, a null pointer), its type (h, f or i) and its shape."""
@@ -134,18 +132,22 @@ def library() -> Path:
     machine = f"{sys.platform}-{platform.machine().lower()}"
     target = cache_dir() / "operators" / f"{machine}-{hashlib.sha256(source).hexdigest()[:16]}{suffix}"
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            made = Path(scratch) / f"operators{suffix}"
-            _compile(made)
-            made.replace(target)
+        try:
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there is run
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                made = Path(scratch) / f"operators{suffix}"
+                _compile(made)
+                made.replace(target)
+        except OSError as error:
+            raise UserError(f"The operators for the GPU cannot be kept in {target.parent} ({error}).") from error
     return target
 
 
 def _compile(target: Path) -> None:
     if importlib.util.find_spec("ziglang") is None:
         raise UserError("Running on the GPU needs a C compiler; install it with pip install 'lsp-agent[gpu]'.")
-    command = [sys.executable, "-m", "ziglang", "cc", "-O2", "-shared", "-fvisibility=hidden", "-std=c11"]
+    # -P: the user's current folder holds other people's code, and its `ziglang/` must not be run.
+    command = [sys.executable, "-P", "-m", "ziglang", "cc", "-O2", "-shared", "-fvisibility=hidden", "-std=c11"]
     command += [] if os.name == "nt" else ["-fPIC"]
     done = subprocess.run([*command, str(SOURCE), "-o", str(target)], capture_output=True, text=True, check=False)
     if done.returncode or not target.exists():

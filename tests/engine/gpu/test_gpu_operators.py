@@ -134,6 +134,24 @@ def test_a_missing_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp
     assert not list(tmp_path.rglob("*.so"))
 
 
+def test_a_cache_that_cannot_be_written_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "operators").touch()
+    monkeypatch.setenv("LSP_AGENT_CACHE_DIR", str(tmp_path))
+    library.cache_clear()
+    with pytest.raises(UserError, match="cannot be kept in"):
+        library()
+    library.cache_clear()
+
+
+def test_nothing_in_the_current_folder_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LSP_AGENT_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "ziglang.py").write_text("raise SystemExit(1)")
+    monkeypatch.chdir(tmp_path)
+    library.cache_clear()
+    assert library().is_file()
+    library.cache_clear()
+
+
 def test_a_library_that_was_built_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LSP_AGENT_CACHE_DIR", str(tmp_path))
     library.cache_clear()

@@ -53,12 +53,16 @@ def save_uses(package: Package, uses: dict[str, np.ndarray], earlier: dict[str, 
         total[name] = counts.astype(np.float32)
         if before is not None and before.shape == counts.shape:
             total[name] += before
-    target = uses_file(package)
     try:
+        target = uses_file(package)  # reads the package, which may have been removed since
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, scratch = tempfile.mkstemp(dir=target.parent, suffix=".npz")
-        with os.fdopen(descriptor, "wb") as file:
-            np.savez(file, allow_pickle=False, **total)
-        Path(scratch).replace(target)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                np.savez(file, allow_pickle=False, **total)
+            Path(scratch).replace(target)
+        except OSError:
+            Path(scratch).unlink(missing_ok=True)
+            raise
     except OSError as error:
         _log.warning("cannot keep which experts were used most: %s", error)

@@ -136,7 +136,7 @@ class DeviceWeights:
         return values
 
     def remember(self) -> None:
-        """Keep which experts were used most, for the next run to begin with; only hybrid placements count."""
+        """Keep which experts were used most, for the next run to begin with; only caches of experts count."""
         save_uses(self._package, self.experts.counts().uses, self._earlier_uses)
 
     def close(self) -> None:

@@ -25,7 +25,6 @@ import uvicorn
 from lsp_agent.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
-    from lsp_agent.engine.engine import Engine
     from lsp_agent.engine.service.server import EngineServer
 
 Say = Callable[[dict[str, object]], None]
@@ -60,10 +59,10 @@ def main() -> None:
     os.umask(0o077)  # the socket file is the user's only, whatever folder it is in
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(arguments.socket)
-    asyncio.run(_serve(server, engine, listener, arguments.idle_seconds, say))
+    asyncio.run(_serve(server, listener, arguments.idle_seconds, say))
 
 
-async def _serve(server: EngineServer, engine: Engine, listener: socket.socket, idle_seconds: float, say: Say) -> None:
+async def _serve(server: EngineServer, listener: socket.socket, idle_seconds: float, say: Say) -> None:
     http = uvicorn.Server(uvicorn.Config(server.app, log_level="warning", access_log=False, lifespan="off"))
     listener.listen()
     say({"ready": True})
@@ -71,8 +70,8 @@ async def _serve(server: EngineServer, engine: Engine, listener: socket.socket, 
     remembered = server.last_used
     while not serving.done():
         if not server.busy and not server.broken and server.last_used > remembered:
-            engine.remember()
             remembered = server.last_used
+            await server.remember()
         if not server.busy and (server.broken or time.monotonic() - server.last_used > idle_seconds):
             http.should_exit = True
         await asyncio.wait([serving], timeout=min(1.0, idle_seconds))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
@@ -34,7 +35,7 @@ from lsp_agent.errors import Cancelled, PromptTooLong, UserError
 
 CHUNK = "chat.completion.chunk"
 DISCONNECT_POLL_S = 0.05
-
+_log = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=SamplingFields)
 
@@ -112,6 +113,14 @@ class EngineServer:
             yield {"object": CHUNK, "choices": [chunks.choice(index, piece)]}
         if body.stream_options.include_usage:
             yield {"object": CHUNK, "choices": [], "usage": shapes.usage(total_usage(ended))}
+
+    async def remember(self) -> None:
+        """Let the engine keep what its next start can use, after the request that runs, if any."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._worker, self._engine.remember)
+        except Exception as error:
+            _log.warning("cannot keep which experts were used most: %s", error)
+            self.broken = self.broken or isinstance(explain(error), GpuLost)
 
     async def _answer(
         self, request: Request, schema: type[Body], complete: Callable[[Body, CancelToken], Iterator[Any]]

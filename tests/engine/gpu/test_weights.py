@@ -125,6 +125,10 @@ def test_slots_begin_with_the_experts_that_were_routed_most(package, scheme, mon
     np.testing.assert_array_equal(table[others], home[others])
 
 
+def failing(*_, **__):
+    raise OSError("no room")
+
+
 def test_counts_fade_and_damaged_files_count_for_nothing(package, monkeypatch, tmp_path):
     monkeypatch.setenv("LSP_AGENT_CACHE_DIR", str(tmp_path))
     one = package("int4")
@@ -144,6 +148,9 @@ def test_counts_fade_and_damaged_files_count_for_nothing(package, monkeypatch, t
     ):
         uses_file(one).write_bytes(damaged)
         assert load_uses(one) == {}
+    assert [path.name for path in uses_file(one).parent.iterdir()] == [uses_file(one).name]
+    monkeypatch.setattr(np, "savez", failing)
+    save_uses(one, {"a": np.array([1, 1])}, {})
     assert [path.name for path in uses_file(one).parent.iterdir()] == [uses_file(one).name]
 
 

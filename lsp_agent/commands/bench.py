@@ -130,7 +130,12 @@ def _package(wanted: _Request, device: Device) -> Iterator[Package]:
     config = synthetic.with_layers(_config(name), wanted.layers)
     known: SchemeName = "int4-64" if config.experts and device.name == "cuda" else "int4"
     scheme = next((s for s in SCHEMES if s == wanted.scheme), known)
-    made = Path(tempfile.mkdtemp(prefix="lsp-agent-bench-", dir=wanted.folder))
+    try:
+        if wanted.folder is not None:
+            wanted.folder.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix="lsp-agent-bench-", dir=wanted.folder))
+    except OSError as error:
+        raise UserError(f"Random weights cannot be written ({error}); choose another --folder.") from error
     try:
         yield Package(synthetic.make(made / name, config, scheme))
     finally:

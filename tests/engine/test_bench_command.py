@@ -29,7 +29,9 @@ def run(*arguments: str, monkeypatch: pytest.MonkeyPatch | None = None) -> tuple
 
 
 def test_random_weights_are_timed_and_thrown_away(tmp_path, monkeypatch):
-    output, error = run("--synthetic", "tiny", "--folder", str(tmp_path), "--json", *SMALL, monkeypatch=monkeypatch)
+    output, error = run(
+        "--synthetic", "tiny", "--folder", str(tmp_path / "new"), "--json", *SMALL, monkeypatch=monkeypatch
+    )
     assert error is None
     result = json.loads(output)
     assert (result["model"], result["layers"], result["device"], result["placement"]) == ("tiny", 4, "cpu", "cpu")
@@ -42,7 +44,7 @@ def test_random_weights_are_timed_and_thrown_away(tmp_path, monkeypatch):
     assert result["machine"]["host"] > 1e8 and result["machine"]["measured"]
     (a_token,) = result["a_token"]
     assert a_token["gpu_bytes"] == 0 and 1e5 < a_token["host_bytes"] < 1e7
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_the_table_names_each_run(monkeypatch):

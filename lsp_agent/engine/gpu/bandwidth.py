@@ -23,7 +23,9 @@ def describe_machine(cupy: Any) -> Machine:
     runtime = cupy.cuda.runtime
     clock, bits = (int(runtime.deviceGetAttribute(attribute, 0)) for attribute in (_MEMORY_CLOCK_KHZ, _BUS_BITS))
     memory = clock * 1000.0 * bits / 8 * _DOUBLE_DATA_RATE
-    return Machine(gpu_name(cupy), memory or measure_gpu(cupy), measure_bus(cupy), Machine().host, measured=True)
+    found = Machine(gpu_name(cupy), memory or measure_gpu(cupy), measure_bus(cupy), Machine().host, measured=True)
+    _give_back(cupy)
+    return found
 
 
 def measure_machine(cupy: Any | None, threads: int) -> Machine:
@@ -31,7 +33,15 @@ def measure_machine(cupy: Any | None, threads: int) -> Machine:
     host = measure_host(threads)
     if cupy is None:
         return Machine("CPU", host, host, host, measured=True)
-    return Machine(gpu_name(cupy), measure_gpu(cupy), measure_bus(cupy), host, measured=True)
+    found = Machine(gpu_name(cupy), measure_gpu(cupy), measure_bus(cupy), host, measured=True)
+    _give_back(cupy)
+    return found
+
+
+def _give_back(cupy: Any) -> None:
+    """Free what was copied: CuPy keeps it for its own arrays, and a plan counts on it for the weights."""
+    cupy.get_default_memory_pool().free_all_blocks()
+    cupy.get_default_pinned_memory_pool().free_all_blocks()
 
 
 def gpu_name(cupy: Any) -> str:

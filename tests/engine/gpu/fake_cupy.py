@@ -59,7 +59,9 @@ def fake_cupy(
         get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None),
         alloc_pinned_memory=bytearray,
     )
-    return SimpleNamespace(cuda=cuda, zeros=_zeros, copyto=np.copyto)
+    pool = SimpleNamespace(free_all_blocks=lambda: None)
+    pools = {f"get_default_{kind}pool": lambda: pool for kind in ("memory_", "pinned_memory_")}
+    return SimpleNamespace(cuda=cuda, zeros=_zeros, copyto=np.copyto, **pools)
 
 
 class _Array(np.ndarray):

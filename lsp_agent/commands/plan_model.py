@@ -158,7 +158,7 @@ def _print(name: str, choice: Choice, room: Room, found: Machine, speed: Speed) 
         f"Speed (an estimate): decoding at {speed.decode:.0f} tokens/s after {SPEED_AT} tokens, reading a prompt of "
         f"{PREFILL_LENGTH} at {speed.prefill:.0f} tokens/s; a token reads {speed.gpu_bytes / 1e9:.2f} GB of GPU memory "
         f"and {speed.host_bytes / 1e9:.2f} GB of main memory ({bandwidths}, "
-        f"{'measured here' if found.measured else 'assumed'})."
+        f"{'measured here' if found.measured and plan is not None else 'assumed'})."
     )
 
 

@@ -77,6 +77,9 @@ def choose(
         if wanted != "hybrid" and room.holds(plan):
             return Choice("host", plan, "" if wanted else f"{reason}.")
     if wanted == "hybrid":
+        if _least(sizes) >= sizes.expert_count:
+            raise UserError(f"{name} has too few experts to keep only some at hand; choose --placement resident.")
+        room = Room(int(room.gpu * (1 - SPARE)), room.host)
         plan = make_plan(sizes, context, Placement("hybrid", _least(sizes), plan.placement.chunk, 1), batch)
     sentence = f"{shortage(plan, room, name)}; {_advice(sizes, plan, room, batch)}."
     if wanted:

@@ -59,8 +59,10 @@ def estimate(choice: Choice, sizes: Sizes, machine: Machine, length: int, hits: 
         return Speed(1 / seconds, 4 / seconds, 0, dense + routed)
     placement = choice.plan.placement
     missed = 0.0 if placement.kind == "resident" or not count else 1.0
-    if placement.kind == "hybrid":
-        missed = 1 - (expected_hits(placement.slots, count, used) if hits is None else hits)
+    if hits is not None:
+        missed = 1 - hits
+    elif placement.kind == "hybrid":
+        missed = 1 - expected_hits(placement.slots, count, used)
     host = int(routed * missed)
     gpu = dense + routed - host
     launches = LAUNCHES_A_BLOCK * config.layers

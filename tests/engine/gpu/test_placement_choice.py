@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lsp_agent.engine import synthetic
@@ -92,6 +94,9 @@ def test_a_placement_can_be_asked_for_and_must_make_sense(next_model, dense_mode
     assert chosen(next_model, 85, wanted="cpu").plan is None
     with pytest.raises(UserError, match="no experts to place"):
         chosen(dense_model, 2, wanted="host")
+    tiny = synthetic.layout(replace(next_model.config, experts=replace(next_model.config.experts, count=20)), "int4")
+    with pytest.raises(UserError, match="too few experts to keep only some"):
+        chosen(tiny, 85, wanted="hybrid")
     with pytest.raises(UserError, match="no placement 'disk'; choose one of resident, hybrid, host, cpu"):
         placement_kind("disk")
     assert placement_kind("hybrid") == "hybrid"
@@ -113,6 +118,8 @@ def test_speed_falls_with_what_crosses_the_bus(next_model):
     assert speeds[0].host_bytes == 0 and 2.1e9 < speeds[0].gpu_bytes < 2.5e9, "2.24 GB a token by the model's numbers"
     assert speeds[3].host_bytes == 10 * sizes.slot and 40 < speeds[3].decode < 60, "49 tokens/s were measured"
     assert speeds[0].gpu_bytes == sum((speeds[3].gpu_bytes, speeds[3].host_bytes))
+    again = estimate(chosen(next_model, 85, wanted="host"), sizes, H100, 1024, hits=0.5)
+    assert again.host_bytes == 5 * sizes.slot, "of which the token before has fetched half"
     half = estimate(chosen(next_model, 25), sizes, H100, 1024, hits=0.5)
     assert half.host_bytes == 5 * sizes.slot and half.decode < decode[1] and half.prefill == prefill[1]
     far = estimate(chosen(next_model, 85), sizes, H100, 131072)

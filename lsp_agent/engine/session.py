@@ -15,6 +15,7 @@ from lsp_agent.engine.cpu_graph import CpuGraph
 from lsp_agent.engine.decoder import EMBEDDING, build_decoder
 from lsp_agent.engine.device import Array, CpuDevice, CudaDevice, Device, bind_input, bind_output
 from lsp_agent.engine.embedding import Embedding
+from lsp_agent.engine.gpu.errors import out_of_memory
 from lsp_agent.engine.graph import Accuracy
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.prepacked import Progress, page_experts_in, read_in_huge_pages
@@ -61,9 +62,11 @@ class Decoder:
         except (UserError, Cancelled):
             raise
         except Exception as error:  # ORT raises its own untyped errors
-            if self.device.name == "cuda" and "out of memory" in str(error).lower():
-                message = f"The GPU has too little free memory for {package.path}; free some, or use the CPU."
-                raise UserError(message) from error
+            if self.device.name == "cuda":
+                reason = f"The GPU cannot load {package.path} ({error}); use the CPU (LSP_AGENT_DEVICE=cpu)."
+                if out_of_memory(error):
+                    reason = f"The GPU has too little free memory for {package.path}; free some, or use the CPU."
+                raise UserError(reason) from error
             raise UserError(
                 f"ONNX Runtime cannot load {package.path} ({error}); remove it with `lsp-agent model rm` and install "
                 "it again."

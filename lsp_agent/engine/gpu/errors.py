@@ -98,6 +98,11 @@ def unusable(error: Exception) -> UserError:
     return NoGpu(f"No NVIDIA GPU can be used ({text}); update the driver or use the CPU.")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of CUDA or ONNX Runtime says that memory is short."""
+    return type(error).__name__ == "OutOfMemoryError" or _MEMORY.search(str(error)) is not None
+
+
 def explain(error: BaseException) -> UserError | None:
     """The error of a run on the GPU as a sentence, if it is one: a `GpuLost`, or too little memory; else None."""
     if isinstance(error, UserError):
@@ -106,7 +111,7 @@ def explain(error: BaseException) -> UserError | None:
     about = f"{kind}: {text}"
     if not re.search("cuda|cublas|cudnn|gpu|bfcarena|MemoryError", about, re.IGNORECASE):
         return None
-    if _MEMORY.search(text) or kind == "OutOfMemoryError":
+    if out_of_memory(error):
         others = in_use_by()
         return UserError(
             f"The GPU has too little memory left for this request. {others + ' ' if others else ''}"

@@ -56,7 +56,7 @@ class State:
     def __init__(self, specs: Iterable[StateSpec], capacity: int, batch: int = 1, device: Device | None = None) -> None:
         self.capacity = capacity
         self.transient = batch > 1
-        """Made for one request: the buffers are given back after it, so nothing is captured that refers to them."""
+        """Made for one request, which never goes back: its rings have no history."""
         self.length = 0
         self.ids: list[int] = []
         self._device: Device = device or CpuDevice()

@@ -78,11 +78,6 @@ def initial_table(state: np.ndarray, home: np.ndarray, slots: np.ndarray) -> np.
     return table
 
 
-def hottest(uses: np.ndarray) -> list[int]:
-    """Experts by how often they were used, the most used first."""
-    return [int(expert) for expert in np.argsort(-uses.astype(np.int64), kind="stable")]
-
-
 def cache_route(
     batch: int, sizes: ExpertSizes, form: ExpertForm, routing: Routing, slots: int, least_age: int = 1
 ) -> Launch:

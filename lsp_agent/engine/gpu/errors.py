@@ -25,7 +25,8 @@ _LOST_WORDS = (
     "fallen off the bus|GPU is lost|CUBLAS_STATUS_EXECUTION_FAILED|CUDNN_STATUS_EXECUTION_FAILED|hardware stack error|"
     "cudaErrorUnknown|CUDA_ERROR_UNKNOWN"
 )
-_CODE = re.compile(r"CUDA (?:failure|error):? (\d+)")
+_OF_GPU = re.compile("cuda|cublas|cudnn|gpu|bfcarena|MemoryError|the launch failed with", re.IGNORECASE)
+_CODE = re.compile(r"(?:CUDA (?:failure|error):?|the launch failed with) (\d+)")
 _LOST = re.compile(_LOST_WORDS, re.IGNORECASE)
 _MEMORY = re.compile(
     r"out of memory|cudaErrorMemoryAllocation|CUDA (?:failure|error):? 2\b|CUBLAS_STATUS_ALLOC_FAILED|"
@@ -109,7 +110,7 @@ def explain(error: BaseException) -> UserError | None:
         return None
     kind, text = type(error).__name__, str(error)
     about = f"{kind}: {text}"
-    if not re.search("cuda|cublas|cudnn|gpu|bfcarena|MemoryError", about, re.IGNORECASE):
+    if not _OF_GPU.search(about):
         return None
     if out_of_memory(error):
         others = in_use_by()
@@ -128,7 +129,9 @@ def explain(error: BaseException) -> UserError | None:
 
 def _short(text: str) -> str:
     """What CUDA says, without the source lines that libraries put around it."""
-    found = re.search(r"CUDA failure \d+: [^;]+|cudaError\w+: [^;\n]+|CUDA_ERROR_\w+: [^;\n]+", text)
+    found = re.search(
+        r"CUDA failure \d+: [^;]+|cudaError\w+: [^;\n]+|CUDA_ERROR_\w+: [^;\n]+|\w+: the launch failed.*", text
+    )
     return (found[0] if found else text.splitlines()[0][:200]).strip(" .;")
 
 

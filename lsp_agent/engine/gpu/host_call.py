@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnxruntime as ort
 
 _HOST_FUNCTION = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.POINTER(ctypes.c_void_p))
+_MOST = 400
+"""Bytes of an error that `operators.c` has room for."""
+_REASON = re.compile("CUDA failure|CUBLAS|Failed to allocate")
 
 
 class HostCall:
@@ -28,9 +32,17 @@ class HostCall:
         try:
             self._run(rows, length, values[: self._count])
         except Exception as error:  # nothing may be raised into ONNX Runtime
-            self._wrong = ctypes.create_string_buffer(str(error).encode()[:400])
+            self._wrong = ctypes.create_string_buffer(_shortened(str(error)))
             return ctypes.addressof(self._wrong)
         return 0
+
+
+def _shortened(text: str) -> bytes:
+    """What fits: ONNX Runtime puts whole signatures of functions before what CUDA says, which `errors` looks for."""
+    found = _REASON.search(text, 100)
+    if len(text) > _MOST and found:
+        text = f"{text[:100]} ... {text[found.start() :]}"
+    return text.encode("ascii", "replace")[:_MOST]
 
 
 def without_waiting() -> ort.RunOptions:

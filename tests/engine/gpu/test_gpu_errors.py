@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import subprocess
@@ -18,6 +19,7 @@ from lsp_agent.engine.device import CpuDevice, CudaDevice, open_device
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.gpu import errors
 from lsp_agent.engine.gpu.errors import GpuLost, NoGpu, explain, explained, in_use_by
+from lsp_agent.engine.gpu.host_call import HostCall
 from lsp_agent.errors import UserError
 
 INSUFFICIENT = "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version"
@@ -217,3 +219,24 @@ def test_generate_ends_with_the_sentence_when_the_gpu_is_lost(monkeypatch, tiny_
     arguments = ["generate", "--model", str(tiny_package()), "--prompt-file", str(tmp_path / "prompt")]
     result = CliRunner().invoke(app, [*arguments, "--device", "auto"])
     assert isinstance(result.exception, GpuLost) and "CUDA failure 700" in str(result.exception)
+
+
+def test_what_cuda_says_in_a_call_of_the_host_is_not_cut_off():
+    signature = "onnxruntime::CudaCall(ERRTYPE, const char*, SUCCTYPE) [with " + "ERRTYPE = cudaError; " * 20 + "] "
+
+    def run(*_):
+        raise RuntimeError(f"[ONNXRuntimeError] : {signature}CUDA failure 700: an illegal memory access ; GPU=0")
+
+    call = HostCall(run, 0)
+    said = ctypes.string_at(call._call(1, 1, [])).decode()
+    assert len(said) <= 400 and said.startswith("[ONNXRuntimeError]")
+    assert isinstance(explain(RuntimeError(said)), GpuLost)
+
+
+def test_a_kernel_of_ours_says_that_the_gpu_is_lost():
+    said = "Status Message: gate_prompt: the launch failed with 700 (an illegal memory access was encountered)"
+    lost = explain(RuntimeError(said))
+    assert isinstance(lost, GpuLost)
+    assert "in mid-run (gate_prompt: the launch failed with 700 (an illegal memory access was encountered))" in str(
+        lost
+    )

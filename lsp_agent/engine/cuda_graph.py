@@ -25,7 +25,7 @@ EXPERT_ALIGNMENT = 64
 
 
 class CudaGraph(GraphBuilder):
-    """Everything runs on the GPU, so that a decode step can be captured as one CUDA graph.
+    """The graph that reads prompts, and decodes where `step_graph` does not cover a model: all of it on the GPU.
 
     `shared`: matrices and experts are read from memory that `DeviceWeights.share` gives the session, so the graph only
     names them, and integer experts are packed. `staging`: experts are in main memory and are fetched through it.

@@ -48,9 +48,11 @@ class CudaGraph(GraphBuilder):
         super().__init__(package, context)
         self._shared, self._staging, self._calls = shared, staging, calls
         self._kernels, self._delta = kernels, delta
-        # With this variant of its kernel for few tokens ONNX Runtime finds no tiles for int4 gate and up of prompts: it
-        # asks for memory that the search for the best ones does not give, so each fails and the smallest is taken.
-        os.environ.setdefault("ORT_DISABLE_MOE_GEMV_SPLITK2_SWIGLU", "1")
+        if calls is not None:
+            # With this variant of its kernel for few tokens ONNX Runtime finds no tiles for int4 gate and up of
+            # prompts: it asks for memory that the search for the best ones does not give, so each fails and the
+            # smallest is taken.
+            os.environ.setdefault("ORT_DISABLE_MOE_GEMV_SPLITK2_SWIGLU", "1")
         self._raw_mxfp4 = False
         self._converted: dict[int, np.ndarray] = {}
 

@@ -54,10 +54,17 @@ class GpuRuntime:
         staging = None
         if placement is not None and placement.kind in ("host", "hybrid"):
             staging = ExpertStaging(self._weights.experts, memory, self._compiler)
-        self._experts = self._shared_experts(staging)
-        kernels = PromptKernels(self._weights.address, self._compiler)
-        linear, self._delta = package.config.linear_attention, None
-        if linear is not None and covers(linear):
+        linear = package.config.linear_attention
+        self._experts: SharedExperts | None = None
+        self._delta: SplitDelta | None = None
+        kernels: PromptKernels | None = None
+        # With these, the test of a hybrid model whose experts have zero points fails on an H100, where it passed
+        # without them; the cause is not known, so such models read prompts with ONNX Runtime's operators alone.
+        faster = not any(name.endswith(".zero_points") for name in self._weights.experts.tensors)
+        if faster:
+            self._experts = self._shared_experts(staging)
+            kernels = PromptKernels(self._weights.address, self._compiler)
+        if faster and linear is not None and covers(linear):
             self._delta = SplitDelta(linear, self._weights.constant, device.name, device.providers({}))
         graph = CudaGraph(package, context, True, staging, self._experts, kernels, self._delta)
         build_decoder(architecture(package.config.architecture), package.config, graph)
@@ -66,7 +73,8 @@ class GpuRuntime:
         register(options, cuda_launcher())
         self._shared = self._weights.share(model, options, "cuda", staging)  # the session reads it without owning it
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=device.providers({}))
-        self._experts.try_tiles(placement.chunk if placement is not None else device.prefill_chunk, device)
+        if self._experts is not None:
+            self._experts.try_tiles(placement.chunk if placement is not None else device.prefill_chunk, device)
         self._trace: DeviceTrace | None = None
         self.steps: StepRunner | None = StepRunner(device, package.config.vocabulary, MOST_STEPS, self._step_session)
         try:

@@ -63,19 +63,24 @@ def generate(
     from lsp_agent.engine.device import requested_device
     from lsp_agent.engine.engine import Engine
     from lsp_agent.engine.gpu.errors import explained
+    from lsp_agent.engine.package import Package
+    from lsp_agent.engine.tokens import Tokenizer
 
+    package = _package(name)
+    tokenizer = Tokenizer(Package(package))
+    if prompt_file:
+        ids = tokenizer.encode(_read(prompt_file))
+    elif chat_file:
+        ids = tokenizer.chat(_messages(chat_file), _tools(tools_file) if tools_file else ())
+    else:
+        ids = tokenizer.infill(_read(fim_prefix), _read(fim_suffix))
     engine = Engine.load(
-        _package(name),
+        package,
         threads=threads,
+        context=len(ids) + max_tokens,  # a GPU sets memory aside for all of it
         accuracy="exact" if accuracy == "exact" else "fast",
         device=requested_device(device),
     )
-    if prompt_file:
-        ids = engine.tokenizer.encode(_read(prompt_file))
-    elif chat_file:
-        ids = engine.chat_prompt(_messages(chat_file), _tools(tools_file) if tools_file else ())
-    else:
-        ids = engine.infill_prompt(_read(fim_prefix), _read(fim_suffix))
     sampling = Sampling(max_tokens, temperature, top_k, top_p, min_p, seed=seed, stop=stop)
     generation = engine.generate(ids, sampling, CancelToken(), n=count)
     answers = [{"tokens": [], "text": "", "finish_reason": "length"} for _ in range(count)]

@@ -159,7 +159,7 @@ class Decoder:
     def step(self, tokens: Sequence[int], state: State) -> list[Logits]:
         """Append one token to each sequence of `state`; returns what each says next. See `run`."""
         steps = self._gpu.steps if self._gpu else None
-        if steps is not None and len(tokens) <= steps.most:
+        if steps is not None and steps.covers(len(tokens)):
             return steps.run(tokens, state)
         logits = self.run(np.array(tokens, np.int64)[:, None], state, range(len(tokens)))
         return [HostLogits(row) for row in logits]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,10 +10,11 @@ import numpy as np
 import onnxruntime as ort
 
 from lsp_agent.engine.device import Array, Device, bind_input, bind_output
-from lsp_agent.engine.gpu.step_builder import CANDIDATES
+from lsp_agent.engine.gpu.step_builder import CANDIDATES, NoKernel
 from lsp_agent.engine.sampling import HostLogits, Logits
 from lsp_agent.engine.state import State
 
+log = logging.getLogger(__name__)
 CONTROL = 4
 """Integers of the graph's input `control`."""
 
@@ -27,22 +29,25 @@ class DeviceLogits:
         self, tokens: np.ndarray, values: np.ndarray, log_sum_exp: float, fetch: Callable[[], np.ndarray]
     ) -> None:
         self._tokens, self._values, self._log_sum_exp, self._fetch = tokens, values, log_sum_exp, fetch
+        self._fetched: np.ndarray | None = None
 
     def top(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Logits.top`."""
         if 0 < count <= len(self._tokens):
             return self._tokens[:count], self._values[:count]
-        return HostLogits(self._fetch()).top(count)
+        return HostLogits(self.all()).top(count)
 
     def log_probability(self, token: int) -> float:
         """See `Logits.log_probability`."""
         (place,) = np.nonzero(self._tokens == token)
-        value = self._values[place[0]] if len(place) else self._fetch()[token]
+        value = self._values[place[0]] if len(place) else self.all()[token]
         return float(value) - self._log_sum_exp
 
     def all(self) -> np.ndarray:
         """See `Logits.all`."""
-        return self._fetch()
+        if self._fetched is None:
+            self._fetched = self._fetch()
+        return self._fetched
 
 
 @dataclass
@@ -72,6 +77,19 @@ class StepRunner:
         """`make(batch)` opens the session of a step graph."""
         self._device, self._vocabulary, self.most, self._make = device, vocabulary, most, make
         self._buffers: dict[int, _Buffers] = {}
+        self._uncovered: set[int] = set()
+
+    def covers(self, batch: int) -> bool:
+        """Whether there are steps of `batch` sequences; made at the first call."""
+        if batch > self.most or batch in self._uncovered:
+            return False
+        try:
+            self.prepare(batch)
+        except NoKernel as error:
+            log.info("%d sequences decode without kernels of our own: %s", batch, error)
+            self._uncovered.add(batch)
+            return False
+        return True
 
     def prepare(self, batch: int) -> None:
         """Make what steps of `batch` sequences need; raises `NoKernel`."""

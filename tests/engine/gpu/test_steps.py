@@ -8,10 +8,12 @@ from emulated_decoder import EmulatedDecoder, assert_close, exact
 from emulator import EmulatedKernels
 from poisoned_experts import poison
 
+from lsp_agent.engine.device import CpuDevice
 from lsp_agent.engine.gpu import step_graph
 from lsp_agent.engine.gpu.placement import Placement
 from lsp_agent.engine.gpu.routing_trace import router_logits
 from lsp_agent.engine.gpu.step_builder import CANDIDATES, NoKernel
+from lsp_agent.engine.gpu.steps import StepRunner
 from lsp_agent.engine.package import Package
 
 TOKENS = np.random.RandomState(3).randint(0, 256, 16).tolist()
@@ -158,3 +160,16 @@ def test_models_that_no_kernel_covers_are_told_apart(gpu_package, package, kerne
         EmulatedDecoder(package, kernels).steps.prepare(1)
     with pytest.raises(NoKernel, match="object"):
         step_graph._layer(None, object(), "blk.0", "residual", "")
+
+
+def test_batches_that_no_kernel_covers_are_said_once_and_left_to_others(caplog):
+    asked = []
+
+    def make(batch):
+        asked.append(batch)
+        raise NoKernel("too large")
+
+    steps = StepRunner(CpuDevice(), 100, 8, make)
+    with caplog.at_level("INFO"):
+        assert not any(steps.covers(batch) for batch in (9, 8, 8))
+    assert asked == [8] and caplog.text.count("too large") == 1

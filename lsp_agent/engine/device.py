@@ -176,9 +176,7 @@ class CudaDevice:
 
     def captured(self, session: ort.InferenceSession, binding: ort.IOBinding) -> Callable[[], None]:
         """See `Device.captured`: a CUDA graph, which is ours and goes with the function."""
-        options = ort.RunOptions()
-        # Waiting for the GPU cannot be captured, and whoever reads a result waits for it anyway.
-        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        options = without_waiting()  # waiting cannot be captured, and whoever reads a result waits for it anyway
         session.run_with_iobinding(binding, options)  # allocates, which cannot be captured either
         with self._stream:
             self._stream.begin_capture()
@@ -232,6 +230,13 @@ def open_device(name: DeviceChoice | None = None) -> Device:
             log.info("running on the CPU: %s", error)
             return CpuDevice()
     return CudaDevice() if chosen == "cuda" else CpuDevice()
+
+
+def without_waiting() -> ort.RunOptions:
+    """For a run whose result is read by what is queued after it, so that nobody need wait."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options
 
 
 def bind_input(device: Device, binding: ort.IOBinding, name: str, array: Array) -> None:

@@ -8,9 +8,6 @@ from typing import Any, Protocol
 from lsp_agent.engine.gpu.launch import KERNELS, Launch
 from lsp_agent.errors import UserError
 
-OLDEST_GPU = (8, 0)
-"""The least compute capability that the kernels are written for (Ampere)."""
-
 
 class KernelCompiler(Protocol):
     """Makes kernels that a launcher can start."""
@@ -27,12 +24,6 @@ class CudaCompiler:
 
         self._cupy = cupy
         self._kernels: dict[tuple[str, tuple[tuple[str, str], ...]], Any] = {}
-        capability = str(cupy.cuda.Device().compute_capability)
-        if (int(capability[:-1]), int(capability[-1])) < OLDEST_GPU:
-            raise UserError(
-                f"This GPU has compute capability {capability[:-1]}.{capability[-1]}, and 8.0 (Ampere, 2020) is the "
-                "oldest that works; use the CPU."
-            )
         # CuPy's cache looks at the source only, not at what it includes.
         headers = b"".join(path.read_bytes() for path in sorted(KERNELS.glob("*.cuh")))
         self._mark = f"// headers {hashlib.sha256(headers).hexdigest()}\n"

@@ -91,6 +91,11 @@ class ExpertMemory:
                 self._slots[key] = ExpertTensor(address, stride, stride * slots)
 
     @property
+    def has_zero_points(self) -> bool:
+        """Whether experts have zero points, which ONNX Runtime reads from its own packed copy only."""
+        return any(name.endswith(".zero_points") for name in self.tensors)
+
+    @property
     def _has_slots(self) -> bool:
         return self.placement.kind != "resident" and self.placement.slots > 0
 

@@ -31,7 +31,7 @@ class ExpertStaging:
     def __init__(self, experts: ExpertMemory, memory: Memory, compiler: KernelCompiler) -> None:
         """Raises `UserError` where the GPU's memory does not suffice."""
         self._experts, self._memory, self._compiler = experts, memory, compiler
-        self.stages_scales = not any(name.endswith(".zero_points") for name in experts.tensors)
+        self.stages_scales = not experts.has_zero_points
         self._fields = ("codes", "scales") if self.stages_scales else ("codes",)
         sizes: dict[str, int] = {}
         for name, tensor in experts.tensors.items():

@@ -7,8 +7,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import onnxruntime as ort
-
 _HOST_FUNCTION = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.POINTER(ctypes.c_void_p))
 _MOST = 400
 """Bytes of an error that `operators.c` has room for."""
@@ -43,10 +41,3 @@ def _shortened(text: str) -> bytes:
     if len(text) > _MOST and found:
         text = f"{text[:100]} ... {text[found.start() :]}"
     return text.encode("ascii", "replace")[:_MOST]
-
-
-def without_waiting() -> ort.RunOptions:
-    """For a run whose result is read by what is queued after it, so that nobody need wait."""
-    options = ort.RunOptions()
-    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-    return options

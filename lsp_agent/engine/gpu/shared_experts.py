@@ -14,8 +14,8 @@ import numpy as np
 import onnxruntime as ort
 from onnx import NodeProto, TensorProto, helper
 
-from lsp_agent.engine.device import CudaDevice
-from lsp_agent.engine.gpu.host_call import HostCall, without_waiting
+from lsp_agent.engine.device import CudaDevice, without_waiting
+from lsp_agent.engine.gpu.host_call import HostCall
 from lsp_agent.engine.gpu.operators import host_node
 from lsp_agent.engine.gpu.weights import borrowed
 from lsp_agent.engine.graph import CONTRIB, IR_VERSION, OPSET

@@ -18,7 +18,8 @@ import onnxruntime as ort
 from onnx import NodeProto, TensorProto, helper
 
 from lsp_agent.engine.architecture import LinearAttentionConfig
-from lsp_agent.engine.gpu.host_call import HostCall, without_waiting
+from lsp_agent.engine.device import without_waiting
+from lsp_agent.engine.gpu.host_call import HostCall
 from lsp_agent.engine.gpu.operators import host_node
 from lsp_agent.engine.graph import CONTRIB, IR_VERSION, OPSET
 

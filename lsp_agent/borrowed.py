@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lsp_agent.cancel import CancelToken
-from lsp_agent.chat_model import ChatModel, Completion, Message, Sampling, Tier, TokenScore, ToolSchema
+from lsp_agent.chat_model import (
+    DEFAULT_OPTIONS,
+    ChatModel,
+    ChatOptions,
+    Completion,
+    Message,
+    Sampling,
+    Tier,
+    TokenScore,
+    ToolSchema,
+)
 
 
 class Borrowed:
@@ -41,13 +51,22 @@ class Borrowed:
         cancel: CancelToken,
         n: int = 1,
         tools: Sequence[ToolSchema] = (),
+        options: ChatOptions = DEFAULT_OPTIONS,
     ) -> list[Completion]:
         """As the model's."""
-        return self._model.chat(messages, sampling, cancel, n, tools)
+        return self._model.chat(messages, sampling, cancel, n, tools, options)
 
-    def infill(self, prefix: str, suffix: str, sampling: Sampling, cancel: CancelToken, n: int = 1) -> list[Completion]:
+    def infill(
+        self,
+        prefix: str,
+        suffix: str,
+        sampling: Sampling,
+        cancel: CancelToken,
+        n: int = 1,
+        options: ChatOptions = DEFAULT_OPTIONS,
+    ) -> list[Completion]:
         """As the model's."""
-        return self._model.infill(prefix, suffix, sampling, cancel, n)
+        return self._model.infill(prefix, suffix, sampling, cancel, n, options)
 
     def score(self, text: str, cancel: CancelToken) -> list[TokenScore]:
         """As the model's."""

@@ -137,6 +137,36 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
 
+FormatKind = Literal["text", "json", "json_schema", "regex", "lark", "python_function"]
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """What an answer must look like. `value`: nothing for text and (any) json; a JSON schema as JSON text; a regular
+    expression for the whole answer; a grammar in llguidance's Lark; a Python signature, `def name(…) -> …:`.
+    """
+
+    kind: FormatKind = "text"
+    value: str = ""
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How to answer, beyond sampling. A server that knows one of these not does without it where it changes only speed.
+
+    `prediction`: text that much of the answer is expected to repeat. `tool_choice`: auto, none, required, or the name
+    of the tool that must be called. `urgent`: somebody waits at the cursor.
+    """
+
+    prediction: str = ""
+    answer_format: AnswerFormat = AnswerFormat()
+    tool_choice: str = "auto"
+    urgent: bool = False
+
+
+DEFAULT_OPTIONS = ChatOptions()
+
+
 @dataclass(frozen=True)
 class Usage:
     """Tokens of one request. `cached_tokens` of the `prompt_tokens` were not read again."""
@@ -208,10 +238,19 @@ class ChatModel(Protocol):
         cancel: CancelToken,
         n: int = 1,
         tools: Sequence[ToolSchema] = (),
+        options: ChatOptions = DEFAULT_OPTIONS,
     ) -> list[Completion]:
         """Answer a conversation `n` times. The model may call the `tools`, in the format that it was trained on."""
 
-    def infill(self, prefix: str, suffix: str, sampling: Sampling, cancel: CancelToken, n: int = 1) -> list[Completion]:
+    def infill(
+        self,
+        prefix: str,
+        suffix: str,
+        sampling: Sampling,
+        cancel: CancelToken,
+        n: int = 1,
+        options: ChatOptions = DEFAULT_OPTIONS,
+    ) -> list[Completion]:
         """Fill in the middle between `prefix` and `suffix`, `n` times.
 
         `prefix` may hold whole context files in front, written with the model's own file separators by

@@ -15,7 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lsp_agent.cancel import CancelToken
-from lsp_agent.chat_model import Completion, Message, Sampling, Tier, TokenScore, ToolSchema, Usage
+from lsp_agent.chat_model import (
+    DEFAULT_OPTIONS,
+    ChatOptions,
+    Completion,
+    Message,
+    Sampling,
+    Tier,
+    TokenScore,
+    ToolSchema,
+    Usage,
+)
 from lsp_agent.engine.tool_calls import AnswerReader, ToolCallFormat, new_parser
 from lsp_agent.errors import Cancelled, UserError
 
@@ -76,11 +86,20 @@ class ScriptedModel:
         cancel: CancelToken,
         n: int = 1,
         tools: Sequence[ToolSchema] = (),
+        options: ChatOptions = DEFAULT_OPTIONS,  # noqa: ARG002 - a script answers in any case
     ) -> list[Completion]:
         """Answer by the first chat rule found in the joined messages."""
         return self._complete("chat", "\n".join(m["content"] for m in messages), sampling, cancel, n, tools)
 
-    def infill(self, prefix: str, suffix: str, sampling: Sampling, cancel: CancelToken, n: int = 1) -> list[Completion]:
+    def infill(
+        self,
+        prefix: str,
+        suffix: str,
+        sampling: Sampling,
+        cancel: CancelToken,
+        n: int = 1,
+        options: ChatOptions = DEFAULT_OPTIONS,  # noqa: ARG002 - a script answers in any case
+    ) -> list[Completion]:
         """Answer by the first infill rule found in `prefix + "<FILL>" + suffix`."""
         return self._complete("infill", f"{prefix}<FILL>{suffix}", sampling, cancel, n)
 

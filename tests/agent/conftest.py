@@ -16,7 +16,17 @@ from quick_runner import QuickRunner
 from lsp_agent.agent.fix import fix
 from lsp_agent.agent.request import FixRequest, FixResult, Limits
 from lsp_agent.cancel import CancelToken
-from lsp_agent.chat_model import Completion, Message, Sampling, Tier, TokenScore, ToolSchema, Usage
+from lsp_agent.chat_model import (
+    DEFAULT_OPTIONS,
+    ChatOptions,
+    Completion,
+    Message,
+    Sampling,
+    Tier,
+    TokenScore,
+    ToolSchema,
+    Usage,
+)
 from lsp_agent.workspace.workspace import Workspace
 
 
@@ -43,10 +53,19 @@ class FakeModel:
         cancel: CancelToken,
         n: int = 1,
         tools: Sequence[ToolSchema] = (),
+        options: ChatOptions = DEFAULT_OPTIONS,
     ) -> list[Completion]:
         return self._answer("\n".join(m["content"] for m in messages), self.chats, cancel, n)
 
-    def infill(self, prefix: str, suffix: str, sampling: Sampling, cancel: CancelToken, n: int = 1) -> list[Completion]:
+    def infill(
+        self,
+        prefix: str,
+        suffix: str,
+        sampling: Sampling,
+        cancel: CancelToken,
+        n: int = 1,
+        options: ChatOptions = DEFAULT_OPTIONS,
+    ) -> list[Completion]:
         return self._answer(f"{prefix}<FILL>{suffix}", self.infills, cancel, n)
 
     def _answer(self, prompt: str, answer: Callable[[str], str], cancel: CancelToken, n: int) -> list[Completion]:

@@ -21,7 +21,16 @@ from typing import Any
 import httpx
 
 from lsp_agent.cancel import CancelToken
-from lsp_agent.chat_model import Completion, Message, Sampling, Tier, TokenScore, ToolSchema
+from lsp_agent.chat_model import (
+    DEFAULT_OPTIONS,
+    ChatOptions,
+    Completion,
+    Message,
+    Sampling,
+    Tier,
+    TokenScore,
+    ToolSchema,
+)
 from lsp_agent.engine.gpu.errors import GpuLost
 from lsp_agent.engine.service.shapes import completions
 from lsp_agent.engine.tool_calls import message_to_openai, tool_to_openai
@@ -182,6 +191,7 @@ class EngineModel:
         cancel: CancelToken,
         n: int = 1,
         tools: Sequence[ToolSchema] = (),
+        options: ChatOptions = DEFAULT_OPTIONS,  # noqa: ARG002
     ) -> list[Completion]:
         """See `ChatModel.chat`."""
         body = {"messages": [message_to_openai(message) for message in messages], **_body(sampling, n)}
@@ -189,7 +199,15 @@ class EngineModel:
             body["tools"] = [tool_to_openai(tool) for tool in tools]
         return completions(self._post("/v1/chat/completions", body, cancel))
 
-    def infill(self, prefix: str, suffix: str, sampling: Sampling, cancel: CancelToken, n: int = 1) -> list[Completion]:
+    def infill(
+        self,
+        prefix: str,
+        suffix: str,
+        sampling: Sampling,
+        cancel: CancelToken,
+        n: int = 1,
+        options: ChatOptions = DEFAULT_OPTIONS,  # noqa: ARG002
+    ) -> list[Completion]:
         """See `ChatModel.infill`."""
         if not self._infills:
             raise UserError(

@@ -1,0 +1,23 @@
+"""Constrained decoding: which tokens may come next."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+
+class Constraint(Protocol):
+    """What one answer must obey, moved on token by token. Not thread-safe."""
+
+    def allowed(self) -> np.ndarray:
+        """Which tokens may come next, bool [vocabulary]; valid until `accept`. End tokens where the answer may end."""
+
+    def accept(self, token: int) -> None:
+        """Take note of the next token, one of those allowed."""
+
+    def forced(self) -> list[int]:
+        """The tokens that must come next because nothing else may; often none. `accept` is still called for each."""
+
+    def ended(self) -> bool:
+        """Whether the answer is complete and nothing may follow but an end token."""

@@ -21,6 +21,7 @@ from lsp_agent.engine.package import Package
 from lsp_agent.engine.prepacked import Progress, page_experts_in, read_in_huge_pages
 from lsp_agent.engine.sampling import HostLogits, Logits
 from lsp_agent.engine.state import State
+from lsp_agent.engine.verification import Verified
 from lsp_agent.errors import Cancelled, UserError
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from lsp_agent.engine.gpu.runtime import GpuRuntime
 
 CANCEL_POLL_S = 0.05
+MOST_VERIFIED = 32
+"""Ids that a run verifies: more would keep a cancelled request waiting, and a run is bound by arithmetic by then."""
 
 
 class Decoder:
@@ -163,6 +166,31 @@ class Decoder:
             return steps.run(tokens, state)
         logits = self.run(np.array(tokens, np.int64)[:, None], state, range(len(tokens)))
         return [HostLogits(row) for row in logits]
+
+    @property
+    def most_verified(self) -> int:
+        """Most ids that `verify` takes; 1 where guesses cannot be verified."""
+        return 1 if self.recurrent else MOST_VERIFIED
+
+    def verify(self, ids: Sequence[int], state: State) -> Verified:
+        """Read at most `most_verified` `ids` after a state of one sequence, of which the caller accepts the first few.
+
+        See `Verified`: no number that is accepted needs anything to be read again.
+        """
+        if not 0 < len(ids) <= self.most_verified:
+            raise ValueError(f"cannot verify {len(ids)} ids, at most {self.most_verified}")
+        rows = (
+            self.step(ids, state)
+            if len(ids) == 1
+            else [HostLogits(row) for row in self.run(np.array([ids], np.int64), state, range(len(ids)))]
+        )
+
+        def accept(count: int) -> None:
+            if not 0 < count <= len(ids):
+                raise ValueError(f"cannot accept {count} of {len(ids)} ids")
+            state.extend(ids[:count])
+
+        return Verified(rows, accept)
 
     def follow(self, logits: np.ndarray) -> None:
         """Route single tokens by these logits, see `GpuRuntime.follow`; raises `UserError` where nothing can."""

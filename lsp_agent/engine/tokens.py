@@ -43,11 +43,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens written out in `text` are recognised."""
-        return list(self._fast.encode(text, add_special_tokens=False).ids)
+        # `encode` would hold the interpreter's lock for all of a long text.
+        return list(self._fast.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids, and the characters [start, end) of `text` that each covers."""
-        encoding = self._fast.encode(text, add_special_tokens=False)
+        (encoding,) = self._fast.encode_batch([text], add_special_tokens=False)
         return list(encoding.ids), list(encoding.offsets)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -39,5 +39,11 @@ class PromptTooLong(UserError):  # noqa: N818 - named by what it says, as `Cance
     """As OpenAI's API calls it."""
 
 
+class UnknownModel(UserError):  # noqa: N818 - named by what it says
+    """A model of that name is not installed."""
+
+    code = "model_not_found"
+
+
 class Cancelled(Exception):  # noqa: N818 - a control-flow signal, named like asyncio.CancelledError
     """Raised inside work whose `CancelToken` was cancelled."""

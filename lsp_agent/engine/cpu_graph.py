@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from lsp_agent.engine.architecture import LinearAttentionConfig, ModelConfig
 from lsp_agent.engine.graph import CONTRIB, SWIGLU, Accuracy, GraphBuilder
@@ -17,11 +17,19 @@ L2_EPSILON = 1e-6
 
 
 class CpuGraph(GraphBuilder):
-    """Exact graphs compute in fp32; fast ones round activations to int8 per block inside `MatMulNBits` and `QMoE`."""
+    """Exact graphs compute in fp32; fast ones round activations to int8 per block inside `MatMulNBits` and `QMoE`.
+
+    Of a recurrent model there is one more input, `kept` [1] int64: of how many positions a run puts out what the
+    recurrences read, see `replayed`.
+    """
+
+    kept = "kept"
 
     def __init__(self, package: Package, context: int, accuracy: Accuracy) -> None:
         super().__init__(package, context)
         self._accuracy = accuracy
+        self.replayed: dict[str, int] = {}
+        """Outputs [batch, kept, width] that `Replay` reads, and their widths."""
 
     @property
     def _level(self) -> int:
@@ -54,6 +62,22 @@ class CpuGraph(GraphBuilder):
         scale = self.vector(name)
         normed = self.op("SimplifiedLayerNormalization", [by_head, scale], axis=-1, epsilon=config.rms_epsilon)
         return self.reshape(normed, [0, 0, heads * config.head_size])
+
+    def replayable(self, name: str, x: str, width: int) -> str:
+        """See `GraphBuilder.replayable`."""
+        if not self.replayed:
+            self._inputs.append(helper.make_tensor_value_info(self.kept, TensorProto.INT64, [1]))
+        # A slice, empty in most runs: of a long prompt the whole would take a lot of memory until the run ends.
+        output = self.output_of(name)
+        inputs = [x, self.integers([0]), self.kept, self.integers([1])]
+        self._nodes.append(helper.make_node("Slice", inputs, [output], name=f"n_{output}"))
+        self._outputs.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, ["batch", "kept", width]))
+        self.replayed[output] = width
+        return x
+
+    def output_of(self, name: str) -> str:
+        """The output with the first positions of the projection `name`."""
+        return f"kept.{name}"
 
     def delta_rule(self, linear: LinearAttentionConfig, prefix: str, qkv: list[str], step: str, rate: str) -> str:
         """See `GraphBuilder.delta_rule`."""

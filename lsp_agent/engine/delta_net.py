@@ -41,16 +41,33 @@ class GatedDeltaNet:
 
     def build(self, graph: GraphBuilder, config: ModelConfig, prefix: str, x: str) -> str:
         """See `Layer.build`."""
+        mixed, rates = (
+            graph.replayable(name, graph.linear(x, name), width)
+            for name, width in zip(self.projections(prefix), self._widths(config), strict=True)
+        )
+        attended, gates = self.recur(graph, config, prefix, mixed, rates)
+        gated = graph.gated_norm(prefix, attended, gates)
+        return graph.linear(gated, f"{prefix}.ssm_out")
+
+    def projections(self, prefix: str) -> tuple[str, str]:
+        """Names of the weights whose results `recur` reads."""
+        return f"{prefix}.ssm_qkvz", f"{prefix}.ssm_ba"
+
+    def _widths(self, config: ModelConfig) -> tuple[int, int]:
+        linear, key, value = _sizes(config)
+        return 2 * key + 2 * value, 2 * linear.value_heads
+
+    def recur(self, graph: GraphBuilder, config: ModelConfig, prefix: str, mixed: str, rates: str) -> tuple[str, str]:
+        """The part that moves the states: the convolution and the delta rule of the projections `mixed` (q, k, v and z)
+        and `rates` (b and a by key head). Returns the result and where `gated_norm` finds the gates."""
         linear, _, _ = _sizes(config)
-        qkv, gates = graph.convolved(linear, prefix, graph.linear(x, f"{prefix}.ssm_qkvz"))
+        qkv, gates = graph.convolved(linear, prefix, mixed)
         served = linear.value_heads // linear.key_heads
-        by_key_head = graph.reshape(graph.linear(x, f"{prefix}.ssm_ba"), [0, 0, linear.key_heads, 2 * served])
+        by_key_head = graph.reshape(rates, [0, 0, linear.key_heads, 2 * served])
         rate, step = (
             graph.reshape(part, [0, 0, linear.value_heads]) for part in graph.split(by_key_head, [served, served])
         )
-        attended = graph.delta_rule(linear, prefix, qkv, step, rate)
-        gated = graph.gated_norm(prefix, attended, gates)
-        return graph.linear(gated, f"{prefix}.ssm_out")
+        return graph.delta_rule(linear, prefix, qkv, step, rate), gates
 
 
 def _sizes(config: ModelConfig) -> tuple[LinearAttentionConfig, int, int]:

@@ -100,6 +100,11 @@ class GraphBuilder(ABC):
 
     # What they share.
 
+    def replayable(self, name: str, x: str, width: int) -> str:  # noqa: ARG002
+        """`x` [batch, length, width], read by a recurrence: a provider may keep it, to move the state on by fewer
+        tokens than a run has read."""
+        return x
+
     def convolved(self, linear: LinearAttentionConfig, prefix: str, mixed: str) -> tuple[list[str], str]:
         """q, k and v of `mixed` [batch, length, channels + gates] after the causal convolution over the state `prefix`,
         [batch, length, heads * head size] each; and where `gated_norm` finds the gates."""

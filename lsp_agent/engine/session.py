@@ -19,6 +19,7 @@ from lsp_agent.engine.gpu.errors import out_of_memory
 from lsp_agent.engine.graph import Accuracy
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.prepacked import Progress, page_experts_in, read_in_huge_pages
+from lsp_agent.engine.replay import Replay
 from lsp_agent.engine.sampling import HostLogits, Logits
 from lsp_agent.engine.state import State
 from lsp_agent.engine.verification import Verified
@@ -27,6 +28,7 @@ from lsp_agent.errors import Cancelled, UserError
 if TYPE_CHECKING:
     from lsp_agent.engine.gpu.placement import Placement
     from lsp_agent.engine.gpu.runtime import GpuRuntime
+    from lsp_agent.engine.gpu.steps import StepRunner
 
 CANCEL_POLL_S = 0.05
 MOST_VERIFIED = 32
@@ -50,6 +52,7 @@ class Decoder:
         self.device: Device = device or CpuDevice()
         self._placement = placement
         self._gpu: GpuRuntime | None = None
+        self._replay: Replay | None = None
         self._keep: object = None  # what the session reads without owning it
         gpu = self.device
         if isinstance(gpu, CudaDevice):
@@ -84,6 +87,8 @@ class Decoder:
         self._embed: Callable[[np.ndarray], Array] = Embedding(package, EMBEDDING)
         self._element = np.dtype(graph.element)
         self._keep = graph.in_memory
+        if graph.replayed:
+            self._replay = Replay(package, threads, accuracy, graph.replayed)
         options, model = graph.session_options(threads), graph.model()
         paged = page_experts_in(model, package.path, on_progress) if accuracy == "fast" else None
         self._session = ort.InferenceSession(model.SerializeToString(), options, providers=self.device.providers({}))
@@ -125,17 +130,32 @@ class Decoder:
         `rows` index the batch * length positions. The caller counts the tokens (`state.extend`).
         Raises `Cancelled` within a few operators of `cancel`; the state is then as before.
         """
+        logits = self._run(state.binding(self._session), ids, state, rows, cancel)
+        state.commit()
+        return logits
+
+    def _run(
+        self,
+        binding: ort.IOBinding,
+        ids: np.ndarray,
+        state: State,
+        rows: Sequence[int],
+        cancel: CancelToken | None = None,
+        kept: int = 0,
+    ) -> np.ndarray:
+        """`run` without moving recurrent states on; of its positions the first `kept` can be replayed."""
         batch, length = ids.shape
         total = state.length + length
         wanted = len(rows)
         if self._gpu and not wanted:
             rows = [0]  # an output without elements has no address on the GPU
-        binding = state.binding(self._session)
         device = self.device
         inputs: dict[str, np.ndarray] = {  # the binding borrows these arrays, so they must outlive the run
             "lengths": np.full(batch, total - 1, np.int32),
             "rows": np.asarray(rows, np.int64),
         }
+        if self._replay is not None:
+            inputs[CpuGraph.kept] = np.array([kept], np.int64)
         borrowed: dict[str, Array] = {name: device.array(values) for name, values in inputs.items()}
         borrowed["embeddings"] = self._embed(ids)
         for name, array in borrowed.items():
@@ -156,7 +176,6 @@ class Decoder:
             raise
         finally:
             done.set()  # the watcher ends within its next poll; waiting for it would take as long
-        state.commit()
         return device.host(logits)[0, :wanted].astype(np.float32, copy=False)
 
     def step(self, tokens: Sequence[int], state: State) -> list[Logits]:
@@ -170,27 +189,43 @@ class Decoder:
     @property
     def most_verified(self) -> int:
         """Most ids that `verify` takes; 1 where guesses cannot be verified."""
-        return 1 if self.recurrent else MOST_VERIFIED
+        if (steps := self._verifying) is not None:
+            return steps.most_verified
+        return 1 if self.recurrent and self._replay is None else MOST_VERIFIED
+
+    @property
+    def _verifying(self) -> StepRunner | None:
+        """The GPU's kernels, if they verify."""
+        steps = self._gpu.steps if self._gpu else None
+        return steps if steps is not None and steps.most_verified > 1 else None
 
     def verify(self, ids: Sequence[int], state: State) -> Verified:
         """Read at most `most_verified` `ids` after a state of one sequence, of which the caller accepts the first few.
 
-        See `Verified`: no number that is accepted needs anything to be read again.
+        See `Verified`: whatever number is accepted, nothing is read again.
         """
         if not 0 < len(ids) <= self.most_verified:
             raise ValueError(f"cannot verify {len(ids)} ids, at most {self.most_verified}")
-        rows = (
-            self.step(ids, state)
-            if len(ids) == 1
-            else [HostLogits(row) for row in self.run(np.array([ids], np.int64), state, range(len(ids)))]
-        )
+        if len(ids) == 1:
+            return Verified(self.step(ids, state), lambda _: state.extend(ids))
+        if (steps := self._verifying) is not None:
+            return steps.verify(ids, state)
+        state.begin()
+        binding = self._session.io_binding()  # of its own: a binding of the state's would keep the outputs
+        state.bind(binding)
+        last = len(ids) - 1
+        kept = self._replay.bind(binding, last) if self._replay is not None else {}
+        logits = self._run(binding, np.array([ids], np.int64), state, range(len(ids)), kept=last)
 
         def accept(count: int) -> None:
             if not 0 < count <= len(ids):
                 raise ValueError(f"cannot accept {count} of {len(ids)} ids")
+            if self._replay is not None and count < len(ids):
+                self._replay.run(state, kept, count)
+            state.commit()
             state.extend(ids[:count])
 
-        return Verified(rows, accept)
+        return Verified([HostLogits(row) for row in logits], accept)
 
     def follow(self, logits: np.ndarray) -> None:
         """Route single tokens by these logits, see `GpuRuntime.follow`; raises `UserError` where nothing can."""

@@ -59,6 +59,8 @@ class State:
         """Made for one request, which never goes back: its rings have no history."""
         self.length = 0
         self.ids: list[int] = []
+        self.stops: tuple[int, ...] = ()
+        """Lengths at which a recurrent state is to be remembered while a prompt is read, see `until_stop`."""
         self._device: Device = device or CpuDevice()
         self._specs = tuple(specs)
         self._growing: dict[str, Array] = {}
@@ -84,8 +86,8 @@ class State:
                 self._device.assign(ring[0], kept[spec.past])
                 self._rings[spec.past] = ring
             self._turn = 0
-        self.captured: object | None = None
-        """The decode step that was captured for the addresses of these buffers, see `StepRunner`."""
+        self.captured: dict[int, object] = {}
+        """Runs that were captured for the addresses of these buffers, by their tokens, see `StepRunner`."""
         self._bindings: list[ort.IOBinding | None] = [None] * size
         self._history: list[tuple[int, int]] = []  # length and place in the ring of earlier states, oldest first
 
@@ -98,6 +100,11 @@ class State:
     def ring_size(self) -> int:
         """Buffers of each ring: a run reads the one at `turn` and writes the one after it."""
         return len(self._bindings)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each sequence has read."""
+        return [self.length] * self._batch
 
     @property
     def buffers(self) -> dict[str, Array]:
@@ -123,13 +130,14 @@ class State:
             self.bind(bound)
         return bound
 
-    def begin(self) -> None:
-        """Prepare for a run, which overwrites the oldest state of the ring whether it is taken over or not."""
-        if self._replaced and self.ring_size == 1:
+    def begin(self, count: int = 1) -> None:
+        """Prepare for a run that writes the `count` buffers of the rings after the present one, the oldest ones,
+        whether they are taken over or not."""
+        if self._replaced and self.ring_size <= count:
             # A run reads one buffer and writes the next: the CPU kernels are wrong in place, and it may be cancelled.
-            self._resize_rings(2 if self.transient else 1 + self._device.history)
-        following = self._following
-        self._history = [(length, place) for length, place in self._history if place != following]
+            self._resize_rings(1 + max(count, 1 if self.transient else self._device.history))
+        written = [(self._turn + ahead) % self.ring_size for ahead in range(1, count + 1)] if self._replaced else []
+        self._history = [(length, place) for length, place in self._history if place not in written]
 
     def bind(self, binding: ort.IOBinding) -> None:
         """Bind every state as it is for the next run, after `begin`."""
@@ -143,11 +151,13 @@ class State:
     def _following(self) -> int:
         return (self._turn + 1) % self.ring_size
 
-    def commit(self) -> None:
-        """Take over what a run has just written; without it the state is as before the run."""
+    def commit(self, count: int = 1) -> None:
+        """Take over the first `count` buffers that a run has just written, one for each token; without it the state is
+        as before the run. The caller counts the tokens (`extend`) afterwards."""
         if self._replaced:
-            self._history.append((self.length, self._turn))
-            self._turn = self._following
+            for ahead in range(count):
+                self._history.append((self.length + ahead, self._turn))
+                self._turn = self._following
 
     def trim(self) -> None:
         """Give back the memory of the history: the state can go back to checkpoints only."""
@@ -158,6 +168,15 @@ class State:
         """Count tokens that a run has just read (of a state of one sequence)."""
         self.ids.extend(ids)
         self.length += len(ids)
+        if self.length in self.stops:
+            self.checkpoint()
+
+    def until_stop(self, limit: int) -> int:
+        """How many of the next `limit` tokens of a prompt may be read in one run: a recurrent state, of which only the
+        last is left after a run, is to be remembered in between (`extend` does that)."""
+        if not self._replaced:
+            return limit
+        return min([limit, *(stop - self.length for stop in self.stops if stop > self.length)])
 
     def checkpoint(self) -> None:
         """Remember this length as one to come back to; costs nothing where every length is."""

@@ -102,13 +102,13 @@ class StepRunner:
         self.prepare(batch)
         buffers = self._buffers[batch]
         state.begin()
-        integers = [state.turn, state.capacity, state.ring_size, 0, *[state.length] * batch]
+        integers = [state.turn, state.capacity, state.ring_size, 0, *state.lengths]
         integers += [0] * (-len(integers) % 2)  # the ids are of 64 bits
         sent = np.concatenate([np.array(integers, np.int32), np.array(tokens, np.int64).view(np.int32)])
         self._device.assign(buffers.sent, sent)
-        captured = state.captured
+        captured = state.captured.get(batch)
         if not isinstance(captured, _Captured):
-            captured = state.captured = self._capture(buffers, state)
+            captured = state.captured[batch] = self._capture(buffers, state)
         captured.run()
         received = self._device.host(buffers.received)
         state.commit()

@@ -22,12 +22,13 @@ class ToolSchema:
     """One tool. `parameters` is the JSON schema (an object schema) of its arguments.
 
     Names outside `properties` are refused unless the schema allows them: it has no `properties`, or it says
-    `additionalProperties`.
+    `additionalProperties`. `strict`: calls of it are decoded so that they obey the schema.
     """
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    strict: bool = False
 
     @property
     def properties(self) -> Mapping[str, Any]:
@@ -125,7 +126,12 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw tokens. `temperature` 0 is greedy; the other filters apply in the order top-k, top-p, min-p."""
+    """How to draw tokens. `temperature` 0 is greedy; the other filters apply in the order top-k, top-p, min-p.
+
+    `repetition_penalty` is over prompt and answer; `frequency_penalty` (for each time that a token was said) and
+    `presence_penalty` (once) are taken off logits of the answer's tokens, as OpenAI's API defines them. `logit_bias`:
+    tokens and what is added to their logits.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -135,6 +141,9 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 FormatKind = Literal["text", "json", "json_schema", "regex", "lark", "python_function"]

@@ -282,7 +282,9 @@ class EngineModel:
 
 
 def _body(sampling: Sampling, n: int) -> dict[str, Any]:
-    return {**asdict(sampling), "stop": list(sampling.stop), "n": n}
+    fields = asdict(sampling) | {"stop": list(sampling.stop), "n": n}
+    bias = dict(fields.pop("logit_bias"))
+    return fields | ({"logit_bias": bias} if bias else {})
 
 
 def _error(response: httpx.Response) -> UserError:

@@ -19,13 +19,15 @@ _BAD_ARGUMENTS = ToolCallError(Problem.MALFORMED, "The call's arguments were not
 def tool_from_openai(tool: Mapping[str, Any]) -> ToolSchema:
     """Read one entry of a request's `tools`; the bare function without its wrapper is taken too."""
     function = tool.get("function", tool)
-    return ToolSchema(function["name"], function.get("description") or "", function.get("parameters") or {})
+    parameters, strict = function.get("parameters") or {}, bool(function.get("strict"))
+    return ToolSchema(function["name"], function.get("description") or "", parameters, strict)
 
 
 def tool_to_openai(tool: ToolSchema) -> dict[str, Any]:
     """Write a tool as an entry of `tools`, which is also what `apply_chat_template(tools=…)` takes."""
-    function = {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
-    return {"type": "function", "function": function}
+    function: dict[str, Any] = {"name": tool.name, "description": tool.description}
+    function["parameters"] = dict(tool.parameters)
+    return {"type": "function", "function": function | ({"strict": True} if tool.strict else {})}
 
 
 def problem_to_openai(error: ToolCallError) -> dict[str, Any]:

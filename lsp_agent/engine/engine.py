@@ -6,8 +6,6 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Message, Sampling, TokenScore, ToolSchema
 from lsp_agent.engine.architecture import ModelConfig
@@ -19,17 +17,14 @@ from lsp_agent.engine.gpu.placement import PARALLEL, Placement
 from lsp_agent.engine.graph import Accuracy
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.prepacked import Progress
-from lsp_agent.engine.sampling import log_softmax
+from lsp_agent.engine.scoring import Scoring
 from lsp_agent.engine.session import Decoder
 from lsp_agent.engine.state import PREFIX_SLOTS, PrefixCache
 from lsp_agent.engine.tokens import Tokenizer
-from lsp_agent.errors import PromptTooLong, UserError
+from lsp_agent.errors import UserError
 from lsp_agent.machine import default_threads, usable_memory
 
 log = logging.getLogger(__name__)
-
-SCORE_CHUNK = 64
-"""Positions scored at a time: each has logits over the whole vocabulary."""
 
 
 class Engine:
@@ -127,20 +122,20 @@ class Engine:
         """Token ids of a conversation that the assistant continues, perhaps by calling one of `tools`."""
         return self.tokenizer.chat(messages, tools)
 
+    def scoring(self, ids: Sequence[int], cancel: CancelToken, top: int = 0) -> Scoring:
+        """See `Scoring`."""
+        return Scoring(self._decoder, self._prefixes, ids, cancel, top)
+
     def score(self, ids: Sequence[int], cancel: CancelToken) -> list[float]:
         """Natural-log probability of each of `ids[1:]` given all tokens before it."""
-        if len(ids) > self.context_length:
-            message = f"The text has {len(ids)} tokens and the context holds {self.context_length}; shorten it."
-            raise PromptTooLong(message)
-        state = self._prefixes.empty()
-        scores: list[float] = []
-        for start in range(0, len(ids) - 1, SCORE_CHUNK):
-            cancel.raise_if_cancelled()
-            part, following = ids[start : start + SCORE_CHUNK], ids[start + 1 : start + SCORE_CHUNK + 1]
-            logits = self._decoder.run(np.array([part], np.int64), state, range(len(following)), cancel)
-            state.extend(part)
-            scores.extend(log_softmax(logits)[np.arange(len(following)), following].tolist())
-        return scores
+        scoring = self.scoring(ids, cancel)
+        try:
+            while not scoring.done:
+                if not scoring.advance():
+                    raise UserError("The engine has no state left to score with; wait until an answer is done.")
+        finally:
+            scoring.close()
+        return scoring.scores
 
     def score_text(self, text: str, cancel: CancelToken) -> list[TokenScore]:
         """`score` of a text, with the characters that each token covers."""

@@ -62,6 +62,10 @@ class Tokenizer:
             return self._added[token].encode()
         return bytes(self._byte_of[c] for c in self._fast.id_to_token(token) or "")
 
+    def spelled(self, token: int) -> bytes:
+        """What stands for a token in a list of tokens: its bytes, or the name of a control token."""
+        return self.token_bytes(token) or (self._fast.id_to_token(token) or "").encode()
+
     @cached_property
     def _byte_of(self) -> dict[str, int]:
         """GPT-2's byte alphabet: printable bytes stand for themselves, the others follow from U+0100."""

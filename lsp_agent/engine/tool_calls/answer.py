@@ -18,6 +18,7 @@ class AnswerReader:
         self._parser = parser
         self._texts: list[str] = []
         self._calls: list[ToolCall] = []
+        self._before_call = 0
         self._problems: list[ToolCallError] = []
 
     def feed(self, text: str) -> list[Piece]:
@@ -30,6 +31,8 @@ class AnswerReader:
 
     def _pieces(self, event: Event) -> Iterator[Piece]:
         if isinstance(event, CallEnd) and not event.call.malformed:
+            if not self._calls:
+                self._before_call = len(self._texts)
             self._calls.append(event.call)
             yield event.call
         elif isinstance(event, CallEnd):
@@ -40,13 +43,16 @@ class AnswerReader:
             self._texts.append(event.text)
             yield event.text
 
-    def completion(self, cut_off: bool, usage: Usage, mean_logprob: float | None) -> Completion:
-        """Give the whole answer, after `close`."""
+    def completion(
+        self, cut_off: bool, usage: Usage, mean_logprob: float | None, only_first_call: bool = False
+    ) -> Completion:
+        """Give the whole answer, after `close`, or all up to the first call."""
+        calls = self._calls[:1] if only_first_call else self._calls
         return Completion(
-            text="".join(self._texts),
-            finish_reason="length" if cut_off else "tool_calls" if self._calls else "stop",
+            text="".join(self._texts[: self._before_call] if only_first_call else self._texts),
+            finish_reason="length" if cut_off else "tool_calls" if calls else "stop",
             usage=usage,
             mean_logprob=mean_logprob,
-            tool_calls=tuple(self._calls),
+            tool_calls=tuple(calls),
             problems=tuple(self._problems),
         )

@@ -6,14 +6,17 @@ off, nor name a model by a path, nor an interpreter outside of the workspace.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -22,20 +25,73 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from lsp_agent.chat_model import Tier
 from lsp_agent.errors import ExitCode, UserError
 
 FILE_NAME = "lsp-agent.toml"
-NOT_FROM_WORKSPACE = frozenset({"sandbox"})
+NOT_FROM_WORKSPACE = frozenset({"sandbox", "backend"})
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Backend(BaseModel):
+    """A model server that somebody else runs: vLLM, llama.cpp's, or another with OpenAI's API. Its key is no setting.
+
+    What is None is asked of the server, or told by the model's name.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str
+    """Base address of its API, such as https://models.example.com/v1; without a path, /v1 is meant."""
+    model: str | None = None
+    """The model's name there; None: the only one that it lists."""
+    context_length: int | None = Field(None, ge=512)
+    """Most tokens of prompt and answer together."""
+    tier: Tier | None = None
+    """What the model can be asked to do."""
+    family: Literal["qwen", "starcoder", "deepseek-coder", "codegemma", "none"] | None = None
+    """How the model is asked to fill in the middle, where the server leaves that to the client."""
+
+    @field_validator("url")
+    @classmethod
+    def _whole(cls, value: str) -> str:
+        try:
+            parts = urlsplit(value)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            usable = None
+        if not usable or parts.query or parts.fragment or not value.isprintable() or " " in value:
+            raise ValueError("give an address such as https://models.example.com/v1")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("leave the user and the password out, and give the key as LSP_AGENT_BACKEND_KEY")
+        path = parts.path.rstrip("/") or "/v1"
+        return f"{parts.scheme}://{parts.netloc}{path}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether what is sent stays on this machine."""
+        host = urlsplit(self.url).hostname or ""
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost"
 
 
 class Settings(BaseSettings):
     """What a user may set, for one workspace folder."""
 
-    model_config = SettingsConfigDict(env_prefix="LSP_AGENT_", extra="forbid", frozen=True, protected_namespaces=())
+    model_config = SettingsConfigDict(
+        env_prefix="LSP_AGENT_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+    )
 
     model: str | None = None
     """Installed model to use; None: the default that `lsp-agent doctor` names."""
+    backend: Backend | None = None
+    """Model server to use instead of the engine; a `model` that the user names wins."""
     max_turns: int = Field(300, ge=1)
     """Most calls of the model in one run."""
     max_seconds: float = Field(600.0, gt=0)
@@ -90,12 +146,15 @@ def load_settings(root: Path | None, options: Mapping[str, Any] | None = None) -
     workspace_file = _read(root / FILE_NAME) if root is not None else {}
     try:
         settings = Settings(**{"_workspace_file": workspace_file, **given})
+        if settings.backend is not None:  # a model that only the project names is its wish, not the user's
+            workspace_file.pop("model", None)
+            settings = Settings(**{"_workspace_file": workspace_file, **given})
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "settings"
-        where = "the editor's options" if name in given else FILE_NAME if name in workspace_file else "the environment"
-        what = "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"].rstrip(".").lower()
-        raise UserError(f"The setting {name!r} in {where} is not usable: {what}.", ExitCode.USAGE) from error
+        top = str(first["loc"][0]) if first["loc"] else ""
+        name = ".".join(part for part in first["loc"] if isinstance(part, str)) or "settings"
+        where = "the editor's options" if top in given else FILE_NAME if top in workspace_file else "the environment"
+        raise UserError(f"The setting {name!r} in {where} is not usable: {_what(first)}.", ExitCode.USAGE) from error
     except SettingsError as error:  # only of variables, and only of `pytest_args`: the others are no JSON
         raise UserError(
             'The environment variable LSP_AGENT_PYTEST_ARGS is not usable: give a JSON list, such as ["-x"].',
@@ -106,12 +165,28 @@ def load_settings(root: Path | None, options: Mapping[str, Any] | None = None) -
     return settings.model_copy(update={"interpreter": root / settings.interpreter})  # as it is, if it is absolute
 
 
+def _what(error: ErrorDetails) -> str:
+    """What is wrong with a setting, as the end of a sentence."""
+    if error["type"] == "extra_forbidden":
+        return "there is no such setting"
+    if error["type"] == "model_type":
+        return "set its parts, such as backend.url or LSP_AGENT_BACKEND__URL"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    message = error["msg"].rstrip(".")
+    return message[:1].lower() + message[1:]
+
+
 def _snake_case(options: Mapping[str, Any]) -> dict[str, Any]:
     nested = options.get("lspAgent", options.get("lsp-agent"))
     if isinstance(nested, Mapping):
         options = nested
     pairs = {re.sub(r"(?<!^)(?=[A-Z])", "_", key).lower(): value for key, value in options.items()}
-    return {key: value for key, value in pairs.items() if value is not None and not key.startswith("_")}
+    return {
+        key: _snake_case(value) if isinstance(value, Mapping) else value
+        for key, value in pairs.items()
+        if value is not None and not key.startswith("_")
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:

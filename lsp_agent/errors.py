@@ -45,5 +45,9 @@ class UnknownModel(UserError):  # noqa: N818 - named by what it says
     code = "model_not_found"
 
 
+class Unsupported(UserError):  # noqa: N818 - named by what it says
+    """Something that this model, or the server it runs on, cannot do at all: asking again is of no use."""
+
+
 class Cancelled(Exception):  # noqa: N818 - a control-flow signal, named like asyncio.CancelledError
     """Raised inside work whose `CancelToken` was cancelled."""

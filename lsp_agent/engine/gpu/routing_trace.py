@@ -61,11 +61,12 @@ def make_trace(
     return trace
 
 
-def follow_trace(batch: int, experts: int, stride: int, tokens: int) -> Launch:
-    """Router logits of a trace in the place of the router's own. Arguments: r f32 [batch, stride], the router's logits
-    first, lengths i32 [batch]; the same as r but for the logits; the trace's logits f32 [tokens, experts]."""
+def follow_trace(batch: int, experts: int, stride: int, tokens: int, rows: int = 1) -> Launch:
+    """Router logits of a trace in the place of the router's own. Arguments: r f32 [batch, rows, stride], the router's
+    logits first, lengths i32 [batch, rows]; the same as r but for the logits; the trace's logits f32 [tokens,
+    experts]."""
     macros = {
-        "BATCH": batch,
+        "ROWS": rows,
         "EXPERTS": experts,
         "R_STRIDE": stride,
         "TOKENS": tokens,
@@ -73,7 +74,7 @@ def follow_trace(batch: int, experts: int, stride: int, tokens: int) -> Launch:
         "THREADS": THREADS,
     }
     described = tuple((name, str(value)) for name, value in macros.items())
-    return Launch("follow_trace", described, (batch, 1, 1), (THREADS, 1, 1))
+    return Launch("follow_trace", described, (batch * rows, 1, 1), (THREADS, 1, 1))
 
 
 def _lowest(keys: np.ndarray, of: np.ndarray, counts: np.ndarray) -> np.ndarray:

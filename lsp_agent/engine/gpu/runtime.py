@@ -28,7 +28,7 @@ from lsp_agent.engine.package import Package
 
 log = logging.getLogger(__name__)
 MOST_STEPS = 8
-"""Sequences that a step graph is made for; more decode as prompts are read."""
+"""Tokens that a step graph is made for, of as many sequences or of one; more decode as prompts are read."""
 
 
 class GpuRuntime:
@@ -109,9 +109,9 @@ class GpuRuntime:
         """See `DeviceWeights.remember`."""
         self._weights.remember()
 
-    def _step_session(self, batch: int) -> ort.InferenceSession:
+    def _step_session(self, batch: int, rows: int) -> ort.InferenceSession:
         graph = StepBuilder(
-            self._package, self.states, self._weights, self._compiler, batch, self._context, self._trace
+            self._package, self.states, self._weights, self._compiler, batch, self._context, self._trace, rows
         )
         build_step(graph)
         options = ort.SessionOptions()

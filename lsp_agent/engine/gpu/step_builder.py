@@ -21,7 +21,7 @@ from lsp_agent.engine.package import Extent, Linear, Package
 from lsp_agent.engine.state import StateSpec
 
 Result = tuple[str, int]
-"""An output's type, `h`, `f` or `i`, and its elements for each sequence."""
+"""An output's type, `h`, `f` or `i`, and its elements for each token."""
 
 
 CANDIDATES = 64
@@ -41,12 +41,14 @@ class DeviceTrace:
 
 
 class StepBuilder:
-    """A decode graph of `batch` sequences while it is made.
+    """A decode graph of `rows` consecutive tokens of each of `batch` sequences while it is made.
 
-    Inputs: `ids` [batch, 1] int64, `lengths` [batch] int32 (the new token's index), `control` [4] int32 (present buffer
-    of the rings, capacity of keys and values, size of the rings, 0), and the states by their `past` names, rings
-    [size, batch, ...], which are changed in place. Outputs: `logits` [batch, vocabulary], and of the best
-    `CANDIDATES` tokens `values` and `tokens` [batch, CANDIDATES], and `log_sum_exp` [batch, 1].
+    Inputs, `tokens` being batch * rows, a sequence's rows next to each other: `ids` [tokens, 1] int64, `lengths`
+    [tokens] int32 (the new token's index), `control` [4] int32 (present buffer of the rings, capacity of keys and
+    values, size of the rings, how many of several rows count), and the states by their `past` names, rings [size,
+    batch, ...], which are changed in place: each row that counts writes a buffer of its own. Rows that do not only fill
+    up; their length is that of the last one that does. Outputs: `logits` [tokens, vocabulary], and of the best
+    `CANDIDATES` tokens `values` and `tokens` [tokens, CANDIDATES], and `log_sum_exp` [tokens, 1].
     A `trace` takes the place of the routers.
     """
 
@@ -59,15 +61,17 @@ class StepBuilder:
         batch: int,
         context: int,
         trace: DeviceTrace | None = None,
+        rows: int = 1,
     ) -> None:
         self.package, self.weights, self._compiler = package, weights, compiler
         self.config: ModelConfig = package.config
-        self.batch, self.context, self.trace = batch, context, trace
+        self.batch, self.rows, self.tokens = batch, rows, batch * rows
+        self.context, self.trace = context, trace
         self._nodes: list[NodeProto] = []
         types = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
         self._inputs = [
-            helper.make_tensor_value_info("ids", TensorProto.INT64, [batch, 1]),
-            helper.make_tensor_value_info("lengths", TensorProto.INT32, [batch]),
+            helper.make_tensor_value_info("ids", TensorProto.INT64, [self.tokens, 1]),
+            helper.make_tensor_value_info("lengths", TensorProto.INT32, [self.tokens]),
             helper.make_tensor_value_info("control", TensorProto.INT32, [4]),
         ]
         for spec in states:
@@ -113,7 +117,7 @@ class StepBuilder:
         name: str | None = None,
     ) -> list[str]:
         segments, columns, pointers = self.segments(linears)
-        launch = projection.project(prologue, segments, columns, self.batch, out_half=half)
+        launch = projection.project(prologue, segments, columns, self.tokens, out_half=half)
         outputs: list[Result] = [("h" if half else "f", sum(segment.rows for segment in segments)), *more]
         bias_pointer = self.vector(bias) if bias else 0
         return self.launch(launch, inputs, outputs, [norm, *pointers, bias_pointer], [name] if name else [])
@@ -145,7 +149,7 @@ class StepBuilder:
                 pointers += [self.weights.address(f"{known}.{f}") if there else 0 for f, there in fields.items()]
         return segments, columns, pointers
 
-    def rows(self, linears: Sequence[str]) -> int:
+    def height(self, linears: Sequence[str]) -> int:
         """Rows of all of them together."""
         return sum(segment.rows for segment in self.segments(linears)[0])
 
@@ -165,11 +169,11 @@ class StepBuilder:
         pointers: list[int],
         called: Sequence[str] = (),
     ) -> list[str]:
-        """Append a kernel; returns the names of its outputs [batch, elements], the first ones as they are `called`."""
+        """Append a kernel; returns the names of its outputs [tokens, elements], the first ones as they are `called`."""
         count = len(self._nodes)
         names = [*called, *(f"{launch.name}_{count}_{index}" for index in range(len(called), len(results)))]
         outputs: list[Output] = [
-            (one, kind, (self.batch, size)) for one, (kind, size) in zip(names, results, strict=True)
+            (one, kind, (self.tokens, size)) for one, (kind, size) in zip(names, results, strict=True)
         ]
         self._nodes.append(
             launch_node(launch, self._compiler.function(launch), inputs, outputs, pointers, overlap=True)
@@ -181,7 +185,7 @@ class StepBuilder:
         sizes = {"logits": self.config.vocabulary, "values": CANDIDATES, "tokens": CANDIDATES, "log_sum_exp": 1}
         outputs = [
             helper.make_tensor_value_info(
-                name, TensorProto.INT32 if name == "tokens" else TensorProto.FLOAT, [self.batch, size]
+                name, TensorProto.INT32 if name == "tokens" else TensorProto.FLOAT, [self.tokens, size]
             )
             for name, size in sizes.items()
         ]

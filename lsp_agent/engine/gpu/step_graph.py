@@ -1,7 +1,8 @@
-"""The graph of a decode step: one more token for each sequence, in our own kernels where ONNX Runtime launches many.
+"""The graph of a decode step: one more token for each sequence, or a few of one that are to be verified.
 
-ONNX Runtime's operators compute a token of Qwen3-Coder-Next in about 1,100 kernels of a few microseconds each; here it
-takes six or seven a block. Every node is an operator of `operators`, shapes are static, and weights are addresses.
+It is of our own kernels, because ONNX Runtime launches many: its operators compute a token of Qwen3-Coder-Next in about
+1,100 kernels of a few microseconds each; here it takes six or seven a block. Every node is an operator of `operators`,
+shapes are static, and weights are addresses.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ EMBEDDING_TYPES: dict[str, Literal["float16", "bfloat16", "float32"]] = {
 }
 
 MOST_THAT_CHOOSE = 2
-"""Sequences up to which every block of the experts' first kernel chooses them faster than a kernel before it."""
+"""Tokens up to which every block of the experts' first kernel chooses them faster than a kernel before it."""
 
 
 def build_step(graph: StepBuilder) -> None:
     """Append a whole step; raises `NoKernel`."""
-    config, batch = graph.config, graph.batch
+    config, tokens = graph.config, graph.tokens
     table, kind = graph.weights.embedding()
     try:
-        embed = projection.embed(config.hidden, batch, EMBEDDING_TYPES[kind])
+        embed = projection.embed(config.hidden, tokens, EMBEDDING_TYPES[kind])
         (residual,) = graph.launch(embed, ["ids"], [("h", config.hidden)], [table])
         delta = ""
         for index in range(config.layers):
@@ -67,12 +68,12 @@ def _layer(graph: StepBuilder, layer: Layer, prefix: str, residual: str, delta: 
 
 def _candidates(graph: StepBuilder, logits: str) -> None:
     """The outputs beside the logits."""
-    vocabulary, batch = graph.config.vocabulary, graph.batch
-    _, *scratch = projection.candidates_scratch(vocabulary, batch, CANDIDATES)
+    vocabulary, tokens = graph.config.vocabulary, graph.tokens
+    _, *scratch = projection.candidates_scratch(vocabulary, tokens, CANDIDATES)
     results: list[Result] = [("f", CANDIDATES), ("i", CANDIDATES), ("f", 1), ("f", math.prod(scratch))]
-    launch = projection.candidates(vocabulary, batch, CANDIDATES)
+    launch = projection.candidates(vocabulary, tokens, CANDIDATES)
     names = ["values", "tokens", "log_sum_exp"]
-    graph.launch(launch, [logits], results, [graph.counters(batch)], names)
+    graph.launch(launch, [logits], results, [graph.counters(tokens)], names)
 
 
 def _attention(graph: StepBuilder, layer: Attention, prefix: str, residual: str, delta: str) -> tuple[str, str]:
@@ -81,17 +82,10 @@ def _attention(graph: StepBuilder, layer: Attention, prefix: str, residual: str,
     bias = f"{name}_bias" if layer.bias else None
     packed, residual, _ = graph.normed(residual, delta, f"{prefix}.attn_norm", [name], bias=bias)
     width = config.heads * config.head_size
-    stride = graph.rows([name])
-    kernel = sequence_kernels.attention_step(
-        graph.batch,
-        config.heads,
-        config.kv_heads,
-        config.head_size,
-        config.rotary_size,
-        stride,
-        layer.gate,
-        config.rms_epsilon if layer.qk_norm else None,
-    )
+    stride = graph.height([name])
+    sizes = (graph.batch, config.heads, config.kv_heads, config.head_size, config.rotary_size, stride, layer.gate)
+    epsilon = config.rms_epsilon if layer.qk_norm else None
+    kernel = sequence_kernels.attention_step(*sizes, epsilon, graph.rows)
     norms = [graph.vector(f"{prefix}.attn_{part}_norm") if layer.qk_norm else 0 for part in "qk"]
     tables = rotary_tables(config, graph.context)
     rotary = [
@@ -99,10 +93,14 @@ def _attention(graph: StepBuilder, layer: Attention, prefix: str, residual: str,
         for part, table in zip(("cos", "sin"), tables, strict=True)
     ]
     caches = [f"past.{prefix}.{part}" for part in ("key", "value")]
+    inputs = [packed, *caches, "lengths", "control"]
+    if graph.rows > 1:
+        append = sequence_kernels.append_tokens(*sizes, epsilon, graph.rows)
+        inputs += graph.launch(append, inputs, [("i", 1)], [norms[1], *rotary])
     attended, _ = graph.launch(
         kernel.launch,
-        [packed, *caches, "lengths", "control"],
-        [("f", width), ("f", -(-kernel.scratch // graph.batch))],
+        inputs,
+        [("f", width), ("f", -(-kernel.scratch // graph.tokens))],
         [*norms, *rotary, graph.counters(kernel.counters)],
     )
     output = f"{prefix}.attn_output"
@@ -119,8 +117,8 @@ def _delta_net(graph: StepBuilder, prefix: str, residual: str, delta: str) -> tu
     assert linear is not None
     names = [f"{prefix}.ssm_qkvz", f"{prefix}.ssm_ba"]
     packed, residual, _ = graph.normed(residual, delta, f"{prefix}.attn_norm", names)
-    stride, width = graph.rows(names), linear.value_heads * linear.value_size
-    kernel = sequence_kernels.delta_step(graph.batch, linear, stride)
+    stride, width = graph.height(names), linear.value_heads * linear.value_size
+    kernel = sequence_kernels.delta_step(graph.batch, linear, stride, graph.rows)
     pointers = [graph.vector(f"{prefix}.{name}") for name in ("ssm_conv1d", "ssm_a", "ssm_dt")]
     (attended,) = graph.launch(
         kernel.launch,
@@ -153,7 +151,7 @@ def _mixture(graph: StepBuilder, layer: MoeMlp, prefix: str, residual: str, delt
         shared_down = shared_down[:3]  # codes, scales and zero points
         shared = SharedExpert(segment, layer.experts.shared_intermediate, sizes.count + 1, sizes.count)
     r, residual, normed = graph.normed(residual, delta, f"{prefix}.ffn_norm", linears, normed=True)
-    stride, form, batch = graph.rows(linears), _expert_form(graph, gate_up, down), graph.batch
+    stride, form, tokens = graph.height(linears), _expert_form(graph, gate_up, down), graph.tokens
     r = _follow_trace(graph, r, prefix, stride)
     table = graph.weights.expert_table(gate_up, down)
     used, width = sizes.used, sizes.width
@@ -161,26 +159,26 @@ def _mixture(graph: StepBuilder, layer: MoeMlp, prefix: str, residual: str, delt
     choice: list[Result] = [("i", used), ("f", used)]
     results: list[Result] = [("h", used * width)]
     if cache := graph.weights.experts.cache(gate_up, down):
-        route = expert_cache.cache_route(batch, sizes, form, routing, cache.slots)
-        choice.append(("i", 2 * used + 1))  # rounded up: of all sequences together it is one more than twice these
+        route = expert_cache.cache_route(tokens, sizes, form, routing, cache.slots)
+        choice.append(("i", 2 * used + 1))  # rounded up: of all tokens together it is one more than twice these
         pointers = [cache.state, cache.home, cache.places, cache.table]
         experts, weights, copies = graph.launch(route, [r], choice, pointers)
         fetch = expert_cache.cache_fetch(sizes, form)
         (fetched,) = graph.launch(fetch, [copies], [("i", 1)], [cache.home, cache.places])
-        up = expert_kernels.experts_up(batch, sizes, form, cached=True)
+        up = expert_kernels.experts_up(tokens, sizes, form, cached=True)
         (activations,) = graph.launch(up.launch, [normed, experts, copies, fetched], results, [table])
-    elif batch <= MOST_THAT_CHOOSE:
-        up = expert_kernels.experts_up(batch, sizes, form, routing)
+    elif tokens <= MOST_THAT_CHOOSE:
+        up = expert_kernels.experts_up(tokens, sizes, form, routing)
         activations, experts, weights = graph.launch(up.launch, [normed, r], results + choice, [table])
     else:
-        route = expert_kernels.route(batch, sizes, routing)
+        route = expert_kernels.route(tokens, sizes, routing)
         experts, weights = graph.launch(route, [r], choice, [])
-        up = expert_kernels.experts_up(batch, sizes, form)
+        up = expert_kernels.experts_up(tokens, sizes, form)
         (activations,) = graph.launch(up.launch, [normed, experts], results, [table])
-    kernel = expert_kernels.experts_down(batch, sizes, form, stride, shared)
+    kernel = expert_kernels.experts_down(tokens, sizes, form, stride, shared)
     results = [("h", sizes.hidden)]
     if kernel.scratch:
-        results.append(("f", -(-kernel.scratch // batch)))
+        results.append(("f", -(-kernel.scratch // tokens)))
     counters = [graph.counters(kernel.counters)] if kernel.counters else []
     inputs = [activations, experts, weights, r if shared else ""]
     delta, *_ = graph.launch(kernel.launch, inputs, results, [table, *counters, *shared_down])
@@ -192,7 +190,7 @@ def _follow_trace(graph: StepBuilder, r: str, prefix: str, stride: int) -> str:
     if graph.trace is None:
         return r
     assert graph.config.experts is not None
-    launch = routing_trace.follow_trace(graph.batch, graph.config.experts.count, stride, graph.trace.tokens)
+    launch = routing_trace.follow_trace(graph.batch, graph.config.experts.count, stride, graph.trace.tokens, graph.rows)
     return graph.launch(launch, [r, "lengths"], [("f", stride)], [graph.trace.layers[prefix]])[0]
 
 

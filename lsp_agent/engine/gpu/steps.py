@@ -1,10 +1,11 @@
-"""Decode steps on the step graph: captured once for each state, replayed by one launch, few bytes back."""
+"""Runs of step graphs, of one token or a few: captured once for each state, replayed by one launch, few bytes back."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -13,10 +14,13 @@ from lsp_agent.engine.device import Array, Device, bind_input, bind_output
 from lsp_agent.engine.gpu.step_builder import CANDIDATES, NoKernel
 from lsp_agent.engine.sampling import HostLogits, Logits
 from lsp_agent.engine.state import State
+from lsp_agent.engine.verification import Verified
 
 log = logging.getLogger(__name__)
 CONTROL = 4
 """Integers of the graph's input `control`."""
+VERIFIED = (1, 2, 4, 8)
+"""Tokens of the graphs that verify: other numbers are filled up, so that a state has few captured graphs."""
 
 
 class DeviceLogits:
@@ -50,9 +54,45 @@ class DeviceLogits:
         return self._fetched
 
 
+class Sequences(Protocol):
+    """What steps need of a `State`, or of other sequences that decode together.
+
+    `captured` holds the runs that were captured for the addresses of the buffers, by sequences and tokens of each; it
+    is emptied when these change.
+    """
+
+    captured: dict[tuple[int, int], object]
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens that each sequence has read."""
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens of each."""
+
+    @property
+    def turn(self) -> int:
+        """See `State.turn`."""
+
+    @property
+    def ring_size(self) -> int:
+        """See `State.ring_size`."""
+
+    @property
+    def buffers(self) -> Mapping[str, Array]:
+        """See `State.buffers`."""
+
+    def begin(self, count: int = 1) -> None:
+        """See `State.begin`."""
+
+    def commit(self, count: int = 1) -> None:
+        """See `State.commit`."""
+
+
 @dataclass
 class _Buffers:
-    """Where the steps of one batch size read and write: addresses are part of a captured graph.
+    """Where the runs of one size read and write: addresses are part of a captured graph.
 
     `sent` holds control, lengths and ids, `received` the candidates' values and ids and the log-sum-exps; each crosses
     the bus as one copy.
@@ -71,80 +111,113 @@ class _Captured:
 
 
 class StepRunner:
-    """Runs steps of one token for each sequence, at most `most` sequences."""
+    """Runs steps of one token for each sequence, and of several tokens of one; at most `most` tokens in all."""
 
-    def __init__(self, device: Device, vocabulary: int, most: int, make: Callable[[int], ort.InferenceSession]) -> None:
-        """`make(batch)` opens the session of a step graph."""
+    def __init__(
+        self, device: Device, vocabulary: int, most: int, make: Callable[[int, int], ort.InferenceSession]
+    ) -> None:
+        """`make(batch, rows)` opens the session of a step graph of `rows` tokens of each of `batch` sequences."""
         self._device, self._vocabulary, self.most, self._make = device, vocabulary, most, make
-        self._buffers: dict[int, _Buffers] = {}
-        self._uncovered: set[int] = set()
+        self._buffers: dict[tuple[int, int], _Buffers] = {}  # by sequences and tokens of each
+        self._uncovered: set[tuple[int, int]] = set()
 
-    def covers(self, batch: int) -> bool:
-        """Whether there are steps of `batch` sequences; made at the first call."""
-        if batch > self.most or batch in self._uncovered:
+    def covers(self, batch: int, rows: int = 1) -> bool:
+        """Whether there are steps of `rows` tokens of each of `batch` sequences; made at the first call."""
+        if batch * rows > self.most or (batch, rows) in self._uncovered:
             return False
         try:
-            self.prepare(batch)
+            self.prepare(batch, rows)
         except NoKernel as error:
-            log.info("%d sequences decode without kernels of our own: %s", batch, error)
-            self._uncovered.add(batch)
+            log.info("%d sequences decode %d tokens at a time without kernels of our own: %s", batch, rows, error)
+            self._uncovered.add((batch, rows))
             return False
         return True
 
-    def prepare(self, batch: int) -> None:
-        """Make what steps of `batch` sequences need; raises `NoKernel`."""
-        if batch not in self._buffers:
-            self._buffers[batch] = self._new_buffers(batch)
+    def prepare(self, batch: int, rows: int = 1) -> None:
+        """Make what such steps need; raises `NoKernel`."""
+        if (batch, rows) not in self._buffers:
+            self._buffers[batch, rows] = self._new_buffers(batch, rows)
 
-    def run(self, tokens: Sequence[int], state: State) -> list[Logits]:
-        """Append one token to each sequence of `state`, which the caller counts; returns what each says next."""
-        batch = len(tokens)
-        self.prepare(batch)
-        buffers = self._buffers[batch]
-        state.begin()
-        integers = [state.turn, state.capacity, state.ring_size, 0, *state.lengths]
+    @property
+    def most_verified(self) -> int:
+        """Most ids that `verify` takes; 1 where there are no kernels for more."""
+        return next((rows for rows in reversed(VERIFIED) if self.covers(1, rows)), 1)
+
+    def run(self, tokens: Sequence[int], sequences: Sequences) -> list[Logits]:
+        """Append one token to each of the sequences, which the caller counts; returns what each says next."""
+        sequences.begin()
+        logits = self._run((len(tokens), 1), tokens, sequences.lengths, sequences)
+        sequences.commit()
+        return logits
+
+    def verify(self, ids: Sequence[int], state: State) -> Verified:
+        """Read at most `most_verified` `ids` after a state of one sequence, of which the caller accepts the first few.
+
+        All recurrent states between them are there then: whatever is accepted, no id is read again.
+        """
+        count = len(ids)
+        rows = next(rows for rows in VERIFIED if rows >= count)
+        state.begin(count)
+        filled = [*ids, *[ids[-1]] * (rows - count)]
+        lengths = [state.length + min(row, count - 1) for row in range(rows)]
+        logits = self._run((1, rows), filled, lengths, state, count)
+
+        def accept(accepted: int) -> None:
+            if not 0 < accepted <= count:
+                raise ValueError(f"cannot accept {accepted} of {count} ids")
+            state.commit(accepted)
+            state.extend(ids[:accepted])
+
+        return Verified(logits[:count], accept)
+
+    def _run(
+        self, size: tuple[int, int], ids: Sequence[int], lengths: Sequence[int], sequences: Sequences, count: int = 1
+    ) -> list[Logits]:
+        self.prepare(*size)
+        buffers = self._buffers[size]
+        integers = [sequences.turn, sequences.capacity, sequences.ring_size, count, *lengths]
         integers += [0] * (-len(integers) % 2)  # the ids are of 64 bits
-        sent = np.concatenate([np.array(integers, np.int32), np.array(tokens, np.int64).view(np.int32)])
+        sent = np.concatenate([np.array(integers, np.int32), np.array(ids, np.int64).view(np.int32)])
         self._device.assign(buffers.sent, sent)
-        captured = state.captured.get(batch)
+        captured = sequences.captured.get(size)
         if not isinstance(captured, _Captured):
-            captured = state.captured[batch] = self._capture(buffers, state)
+            captured = sequences.captured[size] = self._capture(buffers, sequences)
         captured.run()
         received = self._device.host(buffers.received)
-        state.commit()
-        return [self._logits(buffers, received, row) for row in range(batch)]
+        return [self._logits(buffers, received, row) for row in range(len(ids))]
 
     def _logits(self, buffers: _Buffers, received: np.ndarray, row: int) -> Logits:
-        batch = len(buffers.logits)
-        values, tokens = received[: 2 * batch * CANDIDATES].reshape(2, batch, CANDIDATES)[:, row]
-        log_sum_exp = float(received[2 * batch * CANDIDATES + row])
+        tokens = len(buffers.logits)
+        values, best = received[: 2 * tokens * CANDIDATES].reshape(2, tokens, CANDIDATES)[:, row]
+        log_sum_exp = float(received[2 * tokens * CANDIDATES + row])
         fetch = lambda: self._device.host(buffers.logits[row])  # noqa: E731
-        ids = tokens.view(np.int32)
+        ids = best.view(np.int32)
         known = ids >= 0  # a small vocabulary has fewer
         return DeviceLogits(ids[known], values[known], log_sum_exp, fetch)
 
-    def _new_buffers(self, batch: int) -> _Buffers:
-        control = CONTROL + batch + (CONTROL + batch) % 2
+    def _new_buffers(self, batch: int, rows: int) -> _Buffers:
+        tokens = batch * rows
+        control = CONTROL + tokens + (CONTROL + tokens) % 2
         return _Buffers(
-            self._device.zeros((control + 2 * batch,), "int32"),
-            self._device.zeros((2 * batch * CANDIDATES + batch,), "float32"),
-            self._device.zeros((batch, self._vocabulary), "float32"),
-            self._make(batch),
+            self._device.zeros((control + 2 * tokens,), "int32"),
+            self._device.zeros((2 * tokens * CANDIDATES + tokens,), "float32"),
+            self._device.zeros((tokens, self._vocabulary), "float32"),
+            self._make(batch, rows),
         )
 
-    def _capture(self, buffers: _Buffers, state: State) -> _Captured:
+    def _capture(self, buffers: _Buffers, sequences: Sequences) -> _Captured:
         binding = buffers.session.io_binding()
-        batch, sent, received = len(buffers.logits), buffers.sent, buffers.received
+        tokens, sent, received = len(buffers.logits), buffers.sent, buffers.received
         bind_input(self._device, binding, "control", sent[:CONTROL])
-        bind_input(self._device, binding, "lengths", sent[CONTROL : CONTROL + batch])
-        bind_input(self._device, binding, "ids", sent[-2 * batch :].view(np.int64).reshape(batch, 1))
-        for name, array in state.buffers.items():
+        bind_input(self._device, binding, "lengths", sent[CONTROL : CONTROL + tokens])
+        bind_input(self._device, binding, "ids", sent[-2 * tokens :].view(np.int64).reshape(tokens, 1))
+        for name, array in sequences.buffers.items():
             bind_input(self._device, binding, name, array)
-        best = batch * CANDIDATES
+        best = tokens * CANDIDATES
         bind_output(self._device, binding, "logits", buffers.logits)
-        bind_output(self._device, binding, "values", received[:best].reshape(batch, CANDIDATES))
+        bind_output(self._device, binding, "values", received[:best].reshape(tokens, CANDIDATES))
         bind_output(
-            self._device, binding, "tokens", received[best : 2 * best].view(np.int32).reshape(batch, CANDIDATES)
+            self._device, binding, "tokens", received[best : 2 * best].view(np.int32).reshape(tokens, CANDIDATES)
         )
-        bind_output(self._device, binding, "log_sum_exp", received[2 * best :].reshape(batch, 1))
+        bind_output(self._device, binding, "log_sum_exp", received[2 * best :].reshape(tokens, 1))
         return _Captured(binding, self._device.captured(buffers.session, binding))

@@ -45,10 +45,11 @@ class EmulatedDecoder:
         self.steps = self._runner()
 
     def _runner(self, trace: DeviceTrace | None = None) -> StepRunner:
-        return StepRunner(self.device, self._package.config.vocabulary, 8, lambda batch: self._session(batch, trace))
+        make = lambda batch, rows: self._session(batch, rows, trace)  # noqa: E731
+        return StepRunner(self.device, self._package.config.vocabulary, 8, make)
 
-    def _session(self, batch: int, trace: DeviceTrace | None) -> ort.InferenceSession:
-        graph = StepBuilder(self._package, self.states, self.weights, self._kernels, batch, self._context, trace)
+    def _session(self, batch: int, rows: int, trace: DeviceTrace | None) -> ort.InferenceSession:
+        graph = StepBuilder(self._package, self.states, self.weights, self._kernels, batch, self._context, trace, rows)
         build_step(graph)
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1

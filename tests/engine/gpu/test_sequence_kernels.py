@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lsp_agent.engine.architecture import CONTRIB, LinearAttentionConfig
 from lsp_agent.engine.cpu_graph import L2_EPSILON
-from lsp_agent.engine.gpu.sequence_kernels import attention_step, delta_step
+from lsp_agent.engine.gpu.sequence_kernels import append_tokens, attention_step, delta_step
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["forwards", "backwards"])
@@ -135,6 +135,48 @@ def test_delta_step_is_the_cpu_providers_delta_rule(case: str, kernels: Emulated
             np.testing.assert_array_equal(conv_ring[place], before[0][place])
             np.testing.assert_array_equal(delta_ring[place], before[1][place])
         assert not counters.any()
+
+
+@pytest.mark.parametrize(
+    ("case", "rows", "count"), [("small", 3, 2), ("a value head each", 8, 8), ("one block a head", 2, 2)]
+)
+def test_delta_step_of_several_rows_is_one_after_another(
+    case: str, rows: int, count: int, kernels: EmulatedKernels
+) -> None:
+    """To the last bit, and the state after each row that counts is in a place of its own."""
+    batch, _, linear, tuning = DELTA[case]
+    random = np.random.default_rng(5)
+    ring, turn = rows + 1, rows - 1
+    width = linear.value_heads * linear.value_size
+    channels = 2 * linear.key_heads * linear.key_size + width
+    stride = channels + width + 2 * linear.value_heads + 3
+    constants = [
+        random.normal(size=(channels, 1, linear.kernel)).astype(np.float32),
+        -np.exp(random.normal(size=linear.value_heads)).astype(np.float32),
+        random.normal(size=linear.value_heads).astype(np.float32),
+        np.zeros(delta_step(batch, linear, stride, **tuning).counters, np.int32),
+    ]
+    conv_ring = random.normal(size=(ring, batch, linear.kernel - 1, channels)).astype(np.float16)
+    shape = (ring, batch, linear.value_heads, linear.value_size, linear.key_size)
+    delta_ring = random.normal(size=shape).astype(np.float32)
+    p = halves(random, batch, rows, stride) * 3
+    expected = conv_ring.copy(), delta_ring.copy()
+    single = delta_step(batch, linear, stride, **tuning).launch
+    y, wanted = np.full((2, batch, rows, width), np.nan, np.float32)
+    for row in range(rows):
+        control, one = np.array([(turn + row) % ring, 0, ring, 0], np.int32), np.empty((batch, width), np.float32)
+        before = conv_ring.copy(), delta_ring.copy()
+        kernels.run(single, np.ascontiguousarray(p[:, row]), *expected, control, one, *constants)
+        wanted[:, row] = one
+    for row in range(count, rows):  # what does not count leaves the rings as they are
+        place = (turn + row + 1) % ring
+        expected[0][place], expected[1][place] = before[0][place], before[1][place]
+    several = delta_step(batch, linear, stride, rows, **tuning).launch
+    control = np.array([turn, 0, ring, count], np.int32)
+    kernels.run(several, p, conv_ring, delta_ring, control, y, *constants)
+    np.testing.assert_array_equal(y, wanted)
+    np.testing.assert_array_equal(conv_ring, expected[0])
+    np.testing.assert_array_equal(delta_ring, expected[1])
 
 
 def test_delta_step_opens_its_gates_wide(kernels: EmulatedKernels) -> None:
@@ -279,6 +321,48 @@ def test_attention_step_is_softmax_attention(name: str, kernels: EmulatedKernels
 @pytest.mark.parametrize("position", [*range(60, 70)])
 def test_attention_step_puts_the_new_token_anywhere_in_a_stretch(position: int, kernels: EmulatedKernels) -> None:
     AttentionCase(2, 1, 64, 32, [position], capacity=71).run(kernels, splits=3, threads=32, least=32)
+
+
+@pytest.mark.parametrize(
+    ("case", "rows", "count", "tuning"),
+    [
+        (AttentionCase(4, 2, 64, 32, [0, 130], normed=True), 3, 3, {"splits": 3, "threads": 32, "least": 32}),
+        (AttentionCase(16, 2, 256, 64, [60], True, True, capacity=65), 8, 5, {"splits": 3, "threads": 64, "least": 32}),
+        (AttentionCase(12, 1, 128, 128, [30]), 2, 2, {}),
+    ],
+    ids=["stretches", "filled up", "two parts"],
+)
+def test_attention_of_several_rows_sees_the_rows_before(
+    case: AttentionCase, rows: int, count: int, tuning: dict[str, int], kernels: EmulatedKernels
+) -> None:
+    """Each row as a step of its own after those before it; what does not count is appended nowhere."""
+    case = replace(case)
+    batch, random = len(case.positions), np.random.default_rng(2)
+    p = random.normal(size=(batch, rows, case.stride)).astype(np.float32)
+    found = case.key_cache.copy(), case.value_cache.copy()
+    expected = []
+    for row in range(count):
+        one = replace(case, positions=[position + row for position in case.positions])
+        one.p, one.norms, one.cosines, one.sines = p[:, row], case.norms, case.cosines, case.sines
+        one.key_cache, one.value_cache = case.key_cache, case.value_cache
+        y, case.key_cache, case.value_cache = one.reference()
+        expected.append(y)
+    sizes = (batch, case.heads, case.kv_heads, case.size, case.rotary, case.stride, case.gate)
+    epsilon = case.epsilon if case.normed else None
+    kernel = attention_step(*sizes, epsilon, rows, **tuning)
+    ahead = np.minimum(np.arange(rows), count - 1)
+    lengths = (np.array(case.positions)[:, None] + ahead).astype(np.int32)
+    control, appended = np.array([1, case.capacity, 9, count], np.int32), np.ones(1, np.int32)
+    counters, scratch = np.zeros(kernel.counters, np.int32), np.full(kernel.scratch, np.nan, np.float32)
+    rotary = case.cosines, case.sines
+    y = np.full((batch, rows, case.heads * case.size), np.nan, np.float32)
+    inputs = (p, *found, lengths, control)
+    kernels.run(append_tokens(*sizes, epsilon, rows), *inputs, appended, case.norms[1], *rotary)
+    np.testing.assert_allclose(found[0], case.key_cache, rtol=1e-3, atol=1e-6)
+    np.testing.assert_array_equal(found[1], case.value_cache)
+    kernels.run(kernel.launch, *inputs, appended, y, scratch, *case.norms, *rotary, counters)
+    np.testing.assert_allclose(y[:, :count], np.stack(expected, 1), rtol=2e-3, atol=1e-3)
+    assert np.isfinite(y).all() and not counters.any()
 
 
 def test_sizes_that_no_kernel_covers_are_refused() -> None:

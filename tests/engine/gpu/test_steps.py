@@ -165,7 +165,7 @@ def test_models_that_no_kernel_covers_are_told_apart(gpu_package, package, kerne
 def test_batches_that_no_kernel_covers_are_said_once_and_left_to_others(caplog):
     asked = []
 
-    def make(batch):
+    def make(batch, _):
         asked.append(batch)
         raise NoKernel("too large")
 

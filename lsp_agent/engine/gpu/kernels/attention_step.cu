@@ -1,11 +1,12 @@
-// Attention of one new token for each sequence over its cached keys and values, and the new token's own.
+// Attention of one new token for each sequence over its cached keys and values, and the new token's own; or of ROWS
+// consecutive ones, whose keys and values append_tokens has put into the caches before.
 //
-// Flash-decoding: grid SPLITS x (KV_HEADS * PARTS) x BATCH. A block reads a stretch of one head's keys and values once,
+// Flash-decoding: grid SPLITS x (KV_HEADS * PARTS) x (BATCH * ROWS). A block reads a stretch of one head's keys and values once,
 // for PART of the query heads that share it (Dao et al., 2023; Milakov and Gimelshein, 2018, for the softmax as it
 // goes); the last block of those heads puts the stretches together. A warp takes TOKENS tokens at a time, on the tensor
 // cores: scores are queries (16 rows, PART of them used) times keys, sums are values transposed times weights.
 //
-// Macros: BATCH, KV_HEADS, GROUP (query heads for each of them), HEAD, ROTARY, GATE (0 or 1: a gate follows each query
+// Macros: BATCH, ROWS, KV_HEADS, GROUP (query heads for each of them), HEAD, ROTARY, GATE (0 or 1: a gate follows each query
 // in p), QK_NORM (0 or 1), EPSILON, P_STRIDE, PARTS (blocks that share a key head's GROUP), SPLITS, LEAST (tokens of a
 // split, at least), THREADS.
 
@@ -26,10 +27,11 @@
 #define LANES (PART < WARPS ? WARP : WARP / 2)
 #define SLOTS (THREADS / LANES)
 #define NEW ((HEAD / 2 + THREADS - 1) / THREADS) // pairs of the new key and value for each thread
-#define PAIRS (HEAD / 2 / LANES)
-#define TURNED (ROTARY ? (ROTARY / 2 + LANES - 1) / LANES : 1)
 #define LOWEST -1e30f // finite, so that no difference is NaN
 #define LOADS 16 // of results at a time, when a block puts the stretches together
+#define NEW_TOKENS (BATCH * ROWS)
+
+#include "heads.cuh"
 
 constexpr int FITTING = 8192 / (WARPS * HEAD) > 0 ? 8192 / (WARPS * HEAD) : 1;
 constexpr int ROUND = PART < FITTING ? PART : FITTING; // heads merged at a time
@@ -46,75 +48,26 @@ __device__ __forceinline__ void unpack(uint4 bits, float *values) {
     }
 }
 
-// A query's or key's share of a group of LANES lanes: pairs of columns, and the rotations that they do.
-struct Head {
-    float2 x[PAIRS], norm[PAIRS];
-    __device__ __forceinline__ void load_norm(const float *from, int lane) {
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++)
-            norm[i] = QK_NORM ? ((const float2 *)from)[i * LANES + lane] : make_float2(1.0f, 1.0f);
-    }
-    __device__ __forceinline__ void load(const float *from, int lane) {
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++) x[i] = __ldcg((const float2 *)from + i * LANES + lane);
-    }
-};
-
-struct Rotation {
-    float cosines[TURNED], sines[TURNED];
-    __device__ __forceinline__ void load(const __half *c, const __half *s, int lane) {
-#pragma unroll
-        for (int i = 0; i < TURNED; i++) {
-            const int at = i * LANES + lane < ROTARY / 2 ? i * LANES + lane : 0;
-            cosines[i] = ROTARY ? __half2float(c[at]) : 1.0f, sines[i] = ROTARY ? __half2float(s[at]) : 0.0f;
-        }
-    }
-};
-
-// Normalise and rotate it, in `prepared` where `present`. All lanes of a warp do it together.
-__device__ __forceinline__ void prepare(const Head &head, const Rotation &rotation, int lane, bool present,
-                                        float *prepared) {
-    float square = 0.0f;
-#pragma unroll
-    for (int i = 0; i < PAIRS; i++) square += head.x[i].x * head.x[i].x + head.x[i].y * head.x[i].y;
-    const float scale = QK_NORM ? rsqrtf(warp_sum<LANES>(square) / HEAD + EPSILON) : 1.0f;
-    if (present) {
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++)
-            ((float2 *)prepared)[i * LANES + lane] =
-                make_float2(head.x[i].x * scale * head.norm[i].x, head.x[i].y * scale * head.norm[i].y);
-    }
-    __syncwarp();
-    if (present) {
-#pragma unroll
-        for (int i = 0; i < TURNED; i++) {
-            const int at = i * LANES + lane;
-            if (at < ROTARY / 2) {
-                const float first = prepared[at], second = prepared[at + ROTARY / 2];
-                prepared[at] = first * rotation.cosines[i] - second * rotation.sines[i];
-                prepared[at + ROTARY / 2] = second * rotation.cosines[i] + first * rotation.sines[i];
-            }
-        }
-    }
-    __syncwarp();
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_step(const float *p, __half *key_cache, __half *value_cache, const int *lengths, const int *control,
+#if ROWS > 1
+                   const int *appended, // says nothing, but who takes it comes after append_tokens
+#endif
                    float *y, float *scratch, const float *query_norm, const float *key_norm, const __half *cosines,
                    const __half *sines, int *counters) {
-    const int split = blockIdx.x, kv_head = blockIdx.y / PARTS, part = blockIdx.y % PARTS, sequence = blockIdx.z;
+    const int split = blockIdx.x, kv_head = blockIdx.y / PARTS, part = blockIdx.y % PARTS;
+    const int newest_token = blockIdx.z, sequence = blockIdx.z / ROWS;
     const int lane = lane_index(), warp = warp_index(), row = lane / 4, column = lane % 4;
     // Both at once: a plain load of the second would be put off behind the return below.
-    const int position = load_streamed((const unsigned *)lengths + sequence);
+    const int position = load_streamed((const unsigned *)lengths + newest_token);
     const int capacity = load_streamed((const unsigned *)control + 1);
     const int share = (position + SPLITS) / SPLITS; // of position + 1 tokens, rounded up
     const int stretch = share > LEAST ? (share + TILE - 1) / TILE * TILE : LEAST;
     const int active = position / stretch + 1;
     if (split >= active) return;
     const int start = split * stretch;
-    const bool owner = split == active - 1; // of the new token
-    const int last = owner ? position : start + stretch - 1;
+    const bool latest = split == active - 1, owner = ROWS == 1 && latest; // of the new token
+    const int last = latest ? position : start + stretch - 1;
     const int turns = (last - start) / TILE + 1;
 
     __shared__ __align__(16) float staged[STAGED]; // first the queries, at the end the warps' results
@@ -140,9 +93,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     };
     int token = start + warp * TOKENS;
-    // Earlier steps wrote what the cache holds. Of the new token's row and those after it, whatever lies there is read.
-    load_keys(token);
-    load_values(token);
+    if (ROWS == 1) {
+        // Earlier steps wrote what the cache holds. Of the new token's row and those after it, whatever lies there is
+        // read.
+        load_keys(token);
+        load_values(token);
+    }
     const int slot = threadIdx.x / LANES, place = threadIdx.x % LANES;
     Rotation rotation;
     rotation.load(cosines + (long long)position * (ROTARY / 2), sines + (long long)position * (ROTARY / 2), place);
@@ -152,7 +108,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     grid_launch_dependents();
     grid_dependency_wait();
 
-    const float *projected = p + (long long)sequence * P_STRIDE;
+    if (ROWS > 1) {
+        load_keys(token);
+        load_values(token);
+    }
+    const float *projected = p + (long long)newest_token * P_STRIDE;
     float2 new_value[NEW];
 #pragma unroll
     for (int i = 0; i < NEW; i++) {
@@ -259,10 +219,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (turn + 1 < turns) load_values(token + TILE);
     }
 
-    const long long of_heads = ((long long)sequence * KV_HEADS + kv_head) * PARTS + part;
-    float *out = y + ((long long)sequence * KV_HEADS + kv_head) * GROUP * HEAD;
+    const long long of_heads = ((long long)newest_token * KV_HEADS + kv_head) * PARTS + part;
+    float *out = y + ((long long)newest_token * KV_HEADS + kv_head) * GROUP * HEAD;
     __half *partial = (__half *)scratch + of_heads * SPLITS * PART * HEAD;
-    float2 *statistics = (float2 *)(scratch + (long long)BATCH * KV_HEADS * PARTS * SPLITS * PART * (HEAD / 2)) +
+    float2 *statistics = (float2 *)(scratch + (long long)NEW_TOKENS * KV_HEADS * PARTS * SPLITS * PART * (HEAD / 2)) +
                          of_heads * SPLITS * PART;
 
     // The warps' results become one: scaled to the same highest score, and to weights that sum to one.

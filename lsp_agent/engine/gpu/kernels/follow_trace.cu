@@ -1,7 +1,7 @@
-// Router logits from a table instead of the router's own, to measure with routing that is known. Grid: BATCH blocks.
+// Router logits from a table instead of the router's own, to measure with routing that is known. Grid: a block for each token.
 //
-// Macros: BATCH, EXPERTS, R_STRIDE, TOKENS (rows of the trace), APART (by how many rows sequences of a batch differ),
-// THREADS. in r f32 [BATCH, R_STRIDE], lengths i32 [BATCH] (the new token's index); out the same as r, but for its first
+// Macros: ROWS (tokens of a sequence), EXPERTS, R_STRIDE, TOKENS (rows of the trace), APART (by how many rows sequences of a batch differ),
+// THREADS. in r f32 [tokens, R_STRIDE], lengths i32 [tokens] (the new token's index); out the same as r, but for its first
 // EXPERTS columns; ptr trace f32 [TOKENS, EXPERTS].
 
 #include "common.cuh"
@@ -11,7 +11,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                  const float *__restrict__ trace) {
     grid_dependency_wait();
     const int token = blockIdx.x;
-    const float *row = trace + (long long)((lengths[token] + token * APART) % TOKENS) * EXPERTS;
+    const float *row = trace + (long long)((lengths[token] + token / ROWS * APART) % TOKENS) * EXPERTS;
     for (int i = threadIdx.x; i < R_STRIDE; i += THREADS)
         followed[token * R_STRIDE + i] = i < EXPERTS ? row[i] : r[token * R_STRIDE + i];
 }

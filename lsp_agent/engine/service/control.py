@@ -1,0 +1,93 @@
+"""What the `engine` command and our own clients ask beside OpenAI's API: status, load, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from lsp_agent.engine.service.host import EngineHost
+from lsp_agent.errors import UserError
+
+
+class LoadRequest(BaseModel):
+    """Body of `/engine/load`. With `package`, an absolute path, `model` means that folder from now on.
+
+    Whoever may ask is the user whose files the engine reads: the socket and the token are theirs alone.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    package: Path | None = None
+
+
+class StopRequest(BaseModel):
+    """Body of `/engine/stop`. `now`: without finishing what was asked."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    now: bool = False
+
+
+def routes(host: EngineHost) -> list[Route]:
+    """The control routes, for the server to mount."""
+
+    async def status(request: Request) -> Response:  # noqa: ARG001 - the signature of a route
+        return JSONResponse(host.status())
+
+    async def stop(request: Request) -> Response:
+        try:
+            asked = StopRequest.model_validate_json(await request.body() or b"{}")
+        except ValidationError:
+            return JSONResponse(_error('The body must be {} or {"now": true}.'), 400)
+        host.leave(now=asked.now)
+        return JSONResponse({"stopping": True})
+
+    async def load(request: Request) -> Response:
+        try:
+            asked = LoadRequest.model_validate_json(await request.body() or b"{}")
+        except ValidationError:
+            return JSONResponse(_error('The body must be {"model": NAME}, with "package": PATH perhaps.'), 400)
+        return StreamingResponse(_load(host, asked), media_type="application/x-ndjson")
+
+    return [
+        Route("/engine/status", status),
+        Route("/engine/stop", stop, methods=["POST"]),
+        Route("/engine/load", load, methods=["POST"]),
+    ]
+
+
+async def _load(host: EngineHost, asked: LoadRequest) -> AsyncIterator[str]:
+    """JSON lines: `{"progress": [done, total]}` while it loads, then `{"loaded": …}` or `{"error": …}`."""
+    lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+
+    async def work() -> None:
+        try:
+            if asked.package is not None and asked.model:
+                host.catalog.add(asked.model, asked.package)
+            name = host.resolve(asked.model)
+            engine = await host.engine(name, lambda done, total: lines.put_nowait({"progress": [done, total]}))
+            lines.put_nowait({"loaded": {"name": name, "context_length": engine.context_length}})
+        except UserError as error:
+            lines.put_nowait(_error(str(error), getattr(error, "code", None), int(error.exit_code)))
+        finally:
+            lines.put_nowait(None)
+
+    task = asyncio.create_task(work())
+    try:
+        while (line := await lines.get()) is not None:
+            yield json.dumps(line) + "\n"
+    finally:
+        task.cancel()
+
+
+def _error(message: str, code: str | None = None, exit_code: int | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "invalid_request_error", "code": code, "exit_code": exit_code}}

@@ -1,0 +1,77 @@
+"""Whether one more model fits into memory beside those that are loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lsp_agent.engine.footprint import footprint
+from lsp_agent.engine.package import Package
+from lsp_agent.errors import UserError
+from lsp_agent.machine import usable_memory
+
+if TYPE_CHECKING:
+    from lsp_agent.engine.service.catalog import Source
+    from lsp_agent.engine.service.host import Resident
+
+LIMIT = "LSP_AGENT_ENGINE_MEMORY_GB"
+"""Most memory, in units of 1e9 bytes, for all models together; not set: what the machine has."""
+
+
+def memory_limit() -> float:
+    """Bytes that all models together may take. Raises `UserError`."""
+    text = os.environ.get(LIMIT, "")
+    try:
+        return float(text) * 1e9 if text else float("inf")
+    except ValueError as error:
+        raise UserError(f"{LIMIT} is not a number: {text!r}; give gigabytes, such as 24.") from error
+
+
+def fits(source: Source, residents: Iterable[Resident]) -> bool:
+    """Whether the model can be loaded with all others staying; on a GPU: all of it into the GPU's memory."""
+    needed = needed_memory(source.package)
+    others = [resident.source.package for resident in residents if resident.source]
+    if needed + sum(map(needed_memory, others)) > memory_limit():
+        return False
+    on_gpu = _fits_gpu(source)
+    return needed <= usable_memory() if on_gpu is None else on_gpu
+
+
+@lru_cache(maxsize=64)
+def needed_memory(package: Path) -> int:
+    """Bytes of main memory that a package takes on the CPU, at most. Raises `UserError`."""
+    return footprint(Package(package).weights.values()).memory
+
+
+def _fits_gpu(source: Source) -> bool | None:
+    """None: it runs on the CPU."""
+    from lsp_agent.engine.device import open_device
+    from lsp_agent.engine.gpu.choice import Room, choose
+    from lsp_agent.engine.gpu.placement import PARALLEL
+
+    device = open_device()
+    if device.name != "cuda":
+        return None
+    package = Package(source.package)
+    context = min(source.context or package.config.context, package.config.context)
+    room = Room(device.free_memory(), usable_memory())
+    return choose(package, source.name, context, room, batch=PARALLEL).kind == "resident"
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system and the GPU: allocators keep it otherwise."""
+    gc.collect()
+    cupy: Any = sys.modules.get("cupy")
+    if cupy is not None:
+        cupy.get_default_memory_pool().free_all_blocks()
+        cupy.get_default_pinned_memory_pool().free_all_blocks()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)

@@ -26,7 +26,8 @@ class Device(Protocol):
     """Makes arrays in the device's memory and hands them to ONNX Runtime by address.
 
     `history`: how many runs a recurrent state can go back there without a checkpoint; `checkpoints`: how many of
-    these a state keeps. `prefill_chunk`: tokens of a prompt to read in one run.
+    these a state keeps in the device's memory, where that is not main memory. `prefill_chunk`: tokens of a prompt to
+    read in one run.
     """
 
     name: DeviceName
@@ -45,6 +46,9 @@ class Device(Protocol):
 
     def host(self, array: Array) -> np.ndarray:
         """A copy in main memory."""
+
+    def fetch(self, array: Array, into: np.ndarray) -> None:
+        """Copy `array` to main memory, into a contiguous array of the same shape and type."""
 
     def copy(self, array: Array) -> Array:
         """A copy in the device's memory."""
@@ -91,6 +95,10 @@ class CpuDevice:
     def host(self, array: Array) -> np.ndarray:
         """See `Device.host`."""
         return np.array(array)
+
+    def fetch(self, array: Array, into: np.ndarray) -> None:
+        """See `Device.fetch`."""
+        into[...] = array
 
     def copy(self, array: Array) -> Array:
         """See `Device.copy`."""
@@ -153,6 +161,11 @@ class CudaDevice:
         """See `Device.host`."""
         with self._stream:
             return np.asarray(self._cupy.asnumpy(array, stream=self._stream))
+
+    def fetch(self, array: Array, into: np.ndarray) -> None:
+        """See `Device.fetch`."""
+        with self._stream:
+            array.get(stream=self._stream, out=into)
 
     def copy(self, array: Array) -> Array:
         """See `Device.copy`."""

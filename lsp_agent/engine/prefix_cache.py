@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lsp_agent.engine.device import Device
-from lsp_agent.engine.state import State, StateSpec, shared_prefix
+from lsp_agent.engine.prefix_tree import shared_prefix
+from lsp_agent.engine.state import State, StateSpec
 
 PREFIX_SLOTS = 4
 """States in the device's memory: those of running sequences and of past prompts."""

@@ -8,17 +8,21 @@ copies of it at a few lengths, from which a prefix can be taken up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import onnxruntime as ort
 
 from lsp_agent.engine.device import Array, CpuDevice, Device, bind_input, bind_output
+from lsp_agent.engine.host_memory import HostMemory, Shapes
+from lsp_agent.engine.prefix_tree import shared_prefix
+from lsp_agent.engine.recurrent_copies import RecurrentCopies
 
 PREFIX_SLOTS = 4
 """Past prompts whose states are kept."""
+CHECKPOINT_EVERY = 2048
+"""Tokens after which a recurrent state is remembered wherever it is: most that a branch has to read again."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,16 @@ class StateSpec:
     dtype: str = "float32"
 
 
+def segment_shapes(specs: Iterable[StateSpec], tokens: int) -> Shapes:
+    """Keys and values [heads, tokens, head size] of consecutive tokens, by `past` name."""
+    return {spec.past: ((spec.shape[0], tokens, spec.shape[1]), spec.dtype) for spec in specs if spec.growing}
+
+
+def recurrent_shapes(specs: Iterable[StateSpec]) -> Shapes:
+    """Recurrent states [1, ...] of one sequence, by `past` name."""
+    return {spec.past: ((1, *spec.shape), spec.dtype) for spec in specs if not spec.growing}
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A copy of a whole state in main memory: `ids`, keys and values up to their length, recurrent states; by `past`
@@ -50,10 +64,19 @@ class State:
     """The state of `batch` sequences, each `length` tokens long, up to `capacity` tokens.
 
     `ids` are the tokens that the state has read (for a batch: those that all sequences share). Buffers are zero pages
-    until written, so capacity costs address space, not memory.
+    until written, so capacity costs address space, not memory. `memory`: where checkpoints are counted. `arrays`: keys
+    and values [batch, heads, capacity, head size] and recurrent states [batch, ...] to use instead of new ones.
     """
 
-    def __init__(self, specs: Iterable[StateSpec], capacity: int, batch: int = 1, device: Device | None = None) -> None:
+    def __init__(
+        self,
+        specs: Iterable[StateSpec],
+        capacity: int,
+        batch: int = 1,
+        device: Device | None = None,
+        memory: HostMemory | None = None,
+        arrays: Mapping[str, Array] | None = None,
+    ) -> None:
         self.capacity = capacity
         self.transient = batch > 1
         """Made for one request, which never goes back: its rings have no history."""
@@ -63,31 +86,32 @@ class State:
         """Lengths at which a recurrent state is to be remembered while a prompt is read, see `until_stop`."""
         self._device: Device = device or CpuDevice()
         self._specs = tuple(specs)
-        self._growing: dict[str, Array] = {}
-        for spec in self._specs:
-            if spec.growing:
-                heads, size = spec.shape
-                self._growing[spec.past] = self._device.zeros((batch, heads, capacity, size), spec.dtype)
         self._replaced = [spec for spec in self._specs if not spec.growing]
         self._batch = batch
-        self._checkpoints: dict[int, dict[str, Array]] = {}  # by length, ascending
-        self._rings: dict[str, Array] = {
-            spec.past: self._device.zeros((1, batch, *spec.shape), spec.dtype) for spec in self._replaced
-        }
+        self._growing: dict[str, Array] = {}
+        self._rings: dict[str, Array] = {}
+        for spec in self._specs:
+            shape = (batch, spec.shape[0], capacity, spec.shape[1]) if spec.growing else (batch, *spec.shape)
+            array = self._device.zeros(shape, spec.dtype) if arrays is None else arrays[spec.past]
+            if spec.growing:
+                self._growing[spec.past] = array
+            else:
+                self._rings[spec.past] = array[None]
+        self.checkpoints = RecurrentCopies(recurrent_shapes(self._specs), self._device, memory)
         self._turn = 0
         self._resize_rings(1)
 
     def _resize_rings(self, size: int) -> None:
         """Keep the present buffer of each ring only, as the first of `size`."""
         if self._rings and len(next(iter(self._rings.values()))) != size:
-            kept = self._recurrent
+            kept = self.recurrent
             for spec in self._replaced:
                 ring = self._device.zeros((size, self._batch, *spec.shape), spec.dtype)
                 self._device.assign(ring[0], kept[spec.past])
                 self._rings[spec.past] = ring
             self._turn = 0
-        self.captured: dict[int, object] = {}
-        """Runs that were captured for the addresses of these buffers, by their tokens, see `StepRunner`."""
+        self.captured: dict[tuple[int, int], object] = {}
+        """Runs that were captured for the addresses of these buffers, see `StepRunner`."""
         self._bindings: list[ort.IOBinding | None] = [None] * size
         self._history: list[tuple[int, int]] = []  # length and place in the ring of earlier states, oldest first
 
@@ -112,7 +136,8 @@ class State:
         return self._growing | self._rings
 
     @property
-    def _recurrent(self) -> dict[str, Array]:
+    def recurrent(self) -> dict[str, Array]:
+        """The present recurrent states [batch, ...] by `past` name."""
         return self._slot(self._turn)
 
     def _slot(self, place: int) -> dict[str, Array]:
@@ -141,9 +166,10 @@ class State:
 
     def bind(self, binding: ort.IOBinding) -> None:
         """Bind every state as it is for the next run, after `begin`."""
+        recurrent, following = self.recurrent, self._slot(self._following)
         for spec in self._specs:
-            past = (self._growing if spec.growing else self._recurrent)[spec.past]
-            present = past if spec.growing else self._slot(self._following)[spec.past]
+            past = (self._growing if spec.growing else recurrent)[spec.past]
+            present = past if spec.growing else following[spec.past]
             bind_input(self._device, binding, spec.past, past)
             bind_output(self._device, binding, spec.present, present)
 
@@ -165,11 +191,18 @@ class State:
             self._resize_rings(1)
 
     def extend(self, ids: Sequence[int]) -> None:
-        """Count tokens that a run has just read (of a state of one sequence)."""
+        """Count tokens that a run has just read (of a state of one sequence), and remember the state where it is due:
+        at `stops` and every few thousand tokens."""
         self.ids.extend(ids)
         self.length += len(ids)
-        if self.length in self.stops:
-            self.checkpoint()
+        self._checkpoint_if_due()
+
+    def append(self, ids: Sequence[int], growing: Mapping[str, Array], recurrent: Mapping[str, Array]) -> None:
+        """Take over `ids` that another state has read after the same tokens: their keys and values [heads, len(ids),
+        head size] and the recurrent states [1, ...] after them, by `past` name."""
+        self.write(self.length, growing)
+        self.resume([*self.ids, *ids], recurrent)
+        self._checkpoint_if_due()
 
     def until_stop(self, limit: int) -> int:
         """How many of the next `limit` tokens of a prompt may be read in one run: a recurrent state, of which only the
@@ -178,15 +211,16 @@ class State:
             return limit
         return min([limit, *(stop - self.length for stop in self.stops if stop > self.length)])
 
+    def _checkpoint_if_due(self) -> None:
+        if self._replaced:
+            latest = max(self.checkpoints.lengths, default=0)
+            if self.length in self.stops or self.length - latest >= CHECKPOINT_EVERY:
+                self.checkpoint()
+
     def checkpoint(self) -> None:
         """Remember this length as one to come back to; costs nothing where every length is."""
-        if not self._replaced or not self.length or self.length in self._checkpoints:
-            return
-        self._checkpoints[self.length] = {name: self._device.copy(array) for name, array in self._recurrent.items()}
-        if len(self._checkpoints) > self._device.checkpoints:
-            # The one that is closest to its predecessor is missed least; the latest stays.
-            gaps = [(after - before, after) for before, after in pairwise([0, *self._checkpoints])]
-            del self._checkpoints[min(gaps[:-1])[1]]
+        if self._replaced and self.length:
+            self.checkpoints.add(self.length, self.recurrent)
 
     def reachable(self, length: int) -> int:
         """The largest length up to `length` that this state can go back to."""
@@ -194,44 +228,65 @@ class State:
             return self.length
         if not self._replaced:
             return length
-        known = [*self._checkpoints, *(earlier for earlier, _ in self._history)]
+        known = [*self.checkpoints.lengths, *(earlier for earlier, _ in self._history)]
         return max((one for one in known if one <= length), default=0)
+
+    def at(self, length: int) -> Mapping[str, Array]:
+        """The recurrent states [1, ...] after the first `length` tokens, which must be `reachable`."""
+        if not self._replaced or not length:
+            return {}
+        if length == self.length:
+            return {name: array[:1] for name, array in self.recurrent.items()}
+        if (place := dict(self._history).get(length)) is not None:
+            return self._slot(place)
+        arrays = self.checkpoints.at(length)
+        if arrays is None:
+            raise ValueError(f"there is no checkpoint at {length} tokens")
+        return arrays
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` tokens; only lengths that are `reachable` can be given."""
-        if length < self.length:
-            places = dict(self._history)
-            if length in places:
-                self._turn = places[length]
-            else:
-                self._recall(self, length)
+        if length >= self.length:
+            return
+        place = dict(self._history).get(length)
+        if length and place is not None:
+            self._turn = place
             self._history = [(earlier, place) for earlier, place in self._history if earlier < length]
-        self._checkpoints = {known: arrays for known, arrays in self._checkpoints.items() if known <= length}
-        del self.ids[length:]
-        self.length = length
+            self.checkpoints.forget_after(length)
+            del self.ids[length:]
+            self.length = length
+        else:
+            self.resume(self.ids[:length], self.at(length))
 
     def copy_prefix(self, source: State, length: int) -> None:
         """Take over the first `length` tokens of `source`, `reachable` there, into every sequence of this state."""
-        for name, array in self._growing.items():
-            self._device.assign(array[:, :, :length], source._growing[name][:1, :, :length])
-        self._recall(source, length)
-        self._history.clear()
-        self._checkpoints = {known: arrays for known, arrays in source._checkpoints.items() if known <= length}
-        self.ids = source.ids[:length]
-        self.length = length
+        self.copy_keys_values(source, 0, length)
+        self.resume(source.ids[:length], source.at(length))
+        self.checkpoints.share(source.checkpoints, length)
 
-    def _recall(self, source: State, length: int) -> None:
-        if not self._replaced:
-            return
-        if source.reachable(length) != length:
-            raise ValueError(f"there is no checkpoint at {length} tokens")
-        arrays = source._checkpoints.get(length)
-        if length == source.length:
-            arrays = source._recurrent
-        elif (place := dict(source._history).get(length)) is not None:
-            arrays = source._slot(place)
-        for name, array in self._recurrent.items():
-            self._device.assign(array, 0 if arrays is None else arrays[name][:1])
+    def copy_keys_values(self, source: State, start: int, stop: int) -> None:
+        """Those of some tokens, into every sequence of this state; see `resume`."""
+        for name, array in self._growing.items():
+            self._device.assign(array[:, :, start:stop], source._growing[name][:1, :, start:stop])
+
+    def write(self, start: int, growing: Mapping[str, Array]) -> None:
+        """Keys and values [heads, tokens, head size] of tokens from `start` on, into every sequence; see `resume`."""
+        for name, values in growing.items():
+            self._device.assign(self._growing[name][:, :, start : start + values.shape[-2]], values)
+
+    def fetch(self, start: int, into: Mapping[str, np.ndarray]) -> None:
+        """Copy keys and values of tokens from `start` on to main memory, into arrays [heads, tokens, head size]."""
+        for name, array in into.items():
+            self._device.fetch(self._growing[name][0, :, start : start + array.shape[1]], array)
+
+    def resume(self, ids: Sequence[int], recurrent: Mapping[str, Array]) -> None:
+        """Be one that has read `ids`, whose keys and values are in place, with these recurrent states [1, ...] after
+        them (of no tokens: zeros)."""
+        self._history.clear()
+        for name, array in self.recurrent.items():
+            self._device.assign(array, recurrent[name] if ids else 0)
+        self.ids, self.length = list(ids), len(ids)
+        self.checkpoints.forget_after(self.length)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Shrink the batch to `rows` (ascending); the others are forgotten."""
@@ -240,39 +295,26 @@ class State:
                 if target != row:
                     self._device.assign(array[target, :, : self.length], array[row, :, : self.length])
             self._growing[name] = array[: len(rows)]
-        for name, array in self._recurrent.items():
+        for name, array in self.recurrent.items():
             for target, row in enumerate(rows):
                 if target != row:
                     self._device.assign(array[target], array[row])
             self._rings[name] = array[None, : len(rows)]
         self._batch, self._turn = len(rows), 0
-        self._checkpoints.clear()
+        self.checkpoints.forget_after(0)
         self._resize_rings(1)
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state (of one sequence), independent of what happens to it later."""
         growing = {name: self._device.host(array[:, :, : self.length]) for name, array in self._growing.items()}
-        recurrent = {name: self._device.host(array) for name, array in self._recurrent.items()}
+        recurrent = {name: self._device.host(array) for name, array in self.recurrent.items()}
         return Snapshot(tuple(self.ids), growing, recurrent)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Become what the state of a snapshot was; the snapshot stays usable. Checkpoints are forgotten."""
-        length = len(snapshot.ids)
-        for name, values in snapshot.growing.items():
-            self._device.assign(self._growing[name][:, :, :length], values)
-        for name, values in snapshot.recurrent.items():
-            self._device.assign(self._recurrent[name], values)
-        self._history.clear()
-        self._checkpoints.clear()
-        self.ids, self.length = list(snapshot.ids), length
-
-
-def shared_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
+        self.write(0, {name: values[0] for name, values in snapshot.growing.items()})
+        self.checkpoints.forget_after(0)
+        self.resume(snapshot.ids, snapshot.recurrent)
 
 
 class PrefixCache:

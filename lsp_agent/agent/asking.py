@@ -14,7 +14,7 @@ from lsp_agent.agent.prompts import FileTokens, Problem, View, fitting, score_te
 from lsp_agent.agent.trajectory import Trajectory
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import ChatModel, Completion, Usage
-from lsp_agent.errors import Cancelled, PromptTooLong
+from lsp_agent.errors import Cancelled, PromptTooLong, Unsupported
 
 CHARACTERS_PER_TOKEN = 2.5
 """Of code, on the low side: what is cut by this number fits, but for odd texts, of which the engine says so."""
@@ -37,13 +37,20 @@ class Asking:
         self._on_event = on_event
         self._cancel = cancel
         self._surprises: dict[str, Surprise | None] = {}
+        self.cannot: dict[str, str] = {}
+        """What the model's server turned out not to do (`infill`, `score`), each with its sentence: done without."""
         # Models without file separators get the test as plain code in front.
         self.file_tokens = FileTokens(*model.file_tokens) if model.file_tokens else None
 
     def ask(self, ask: Ask) -> list[str]:
-        """Answers to one ask; none when its prompt does not fit. Raises `BudgetSpent` at a limit, and `Cancelled`."""
+        """Answers to one ask; none when its prompt does not fit, or the model cannot do what is asked.
+
+        Raises `BudgetSpent` at a limit, and `Cancelled`.
+        """
         budget = self._budget
         budget.check()
+        if not ask.messages and "infill" in self.cannot:
+            return []
         budget.turns += 1
         self._on_event(events.Trying(budget.turns, ask.stage, ask.where, budget.tokens, budget.seconds))
         began = time.monotonic()
@@ -61,6 +68,10 @@ class Asking:
                 completions = self.model.infill(prefix, suffix, sampling, cancel, ask.n)
         except PromptTooLong as error:
             problem = str(error)
+        except Unsupported as error:
+            if ask.messages:
+                raise
+            problem = self.cannot["infill"] = str(error)
         except Cancelled:
             self._cancel.raise_if_cancelled()
             raise BudgetSpent(f"the limit of {budget.limits.max_seconds:.0f} seconds was reached") from None
@@ -87,9 +98,12 @@ class Asking:
         return [c.text for c in completions]
 
     def surprise(self, view: View, problem: Problem) -> Surprise | None:
-        """How surprising the model finds a region, given the failing test; None without time or if it is too long."""
+        """How surprising the model finds a region, given the failing test.
+
+        None without time, if it is too long, or if the model's server does not tell.
+        """
         scored = score_text(view, problem)
-        if scored is None:
+        if scored is None or "score" in self.cannot:
             return None
         text, offset = scored
         if len(text) > self._characters(0):
@@ -103,6 +117,9 @@ class Asking:
                 return None
             except PromptTooLong:
                 self._surprises[text] = None
+                return None
+            except Unsupported as error:
+                self.cannot["score"] = str(error)
                 return None
             # A score reads the text once; nothing is written.
             used = Usage(prompt_tokens=len(scores))

@@ -124,6 +124,7 @@ class _Run:
         changes = self.originals.changes(self.state.texts) or ()
         if unsolved or not changes:
             reason = reason or f"No candidate made {(unsolved or wanted)[0]} pass."
+            reason = " ".join((reason, *self.asking.cannot.values()))
             if not changes and self.attempts.verdict is not None:
                 return self._end("not_green", before, reason=reason, flaky=flaky, **self._breaking(before, wanted))
             best = changes or self.originals.changes(self.attempts.further) or ()

@@ -23,7 +23,11 @@ _SEPARATOR = re.compile(r"^(<\|repo_name\|>|<\|file_sep\|>).*\n", re.MULTILINE)
 
 
 class Tokenizer:
-    """The checkpoint's own tokenizer. `end_ids` end an answer; `fim` maps prefix, suffix, middle, … to token ids."""
+    """The checkpoint's own tokenizer.
+
+    `end_ids` end an answer; `fim` maps prefix, suffix, middle, … to token ids; `vocabulary` is how many tokens the
+    model's logits are of, some of which the tokenizer may not know.
+    """
 
     def __init__(self, package: Package) -> None:
         try:
@@ -35,6 +39,7 @@ class Tokenizer:
                 f"{package.path} lacks a readable tokenizer.json; remove it with `lsp-agent model rm` and install it "
                 "again."
             ) from error
+        self.vocabulary = package.config.vocabulary
         tokens: dict[str, Any] = package.header["tokens"]
         self.end_ids = frozenset(tokens["end"])
         self.fim: dict[str, int] = tokens["fim"]
@@ -60,11 +65,20 @@ class Tokenizer:
         """The UTF-8 bytes of one token: possibly a part of a character; nothing for a control token."""
         if token in self._added:
             return self._added[token].encode()
-        return bytes(self._byte_of[c] for c in self._fast.id_to_token(token) or "")
+        return bytes(self._byte_of[c] for c in self.token_name(token))
 
     def spelled(self, token: int) -> bytes:
         """What stands for a token in a list of tokens: its bytes, or the name of a control token."""
         return self.token_bytes(token) or (self._fast.id_to_token(token) or "").encode()
+
+    def token_name(self, token: int) -> str:
+        """How the vocabulary spells one token; empty where it ends before."""
+        return self._fast.id_to_token(token) or ""
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Tokens that mean something to the model and are no text."""
+        return frozenset(self._control_ids.values())
 
     @cached_property
     def _byte_of(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Constrained decoding: which tokens may come next."""
+"""Constrained decoding: which tokens may come next. `docs/constraints.md` says what each format promises."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ from typing import Protocol
 
 import numpy as np
 
+from lsp_agent.engine.constraints.formats import compile_format
+from lsp_agent.engine.constraints.tools import constraint_for_tools
+
+__all__ = ["Constraint", "compile_format", "constraint_for_tools"]
+
 
 class Constraint(Protocol):
     """What one answer must obey, moved on token by token. Not thread-safe."""
 
     def allowed(self) -> np.ndarray:
-        """Which tokens may come next, bool [vocabulary]; valid until `accept`. End tokens where the answer may end."""
+        """Which tokens may come next, bool [vocabulary]; valid until `accept`. End tokens where the answer may end.
+
+        Raises `UserError` when the format has become too complex to go on with.
+        """
 
     def accept(self, token: int) -> None:
         """Take note of the next token, one of those allowed."""

@@ -39,8 +39,8 @@ def from_text(text: str, schema: Mapping[str, Any], root: Mapping[str, Any]) -> 
     In a union the first type that fits wins, in the order null, boolean, integer, number, array, object, string.
     `root` is the tool's whole schema, for `$ref`. Raises InvalidValueError.
     """
-    alternatives = list(_alternatives(schema, root))
-    for kind, allowed in sorted(alternatives, key=lambda alternative: _ORDER.index(alternative[0])):
+    possible = list(alternatives(schema, root))
+    for kind, allowed in sorted(possible, key=lambda alternative: _ORDER.index(alternative[0])):
         try:
             value = text if kind in ("string", "any") else _READERS[kind](text.strip())
         except ValueError:
@@ -49,7 +49,7 @@ def from_text(text: str, schema: Mapping[str, Any], root: Mapping[str, Any]) -> 
             return value
         if kind == "string" and _among(text.strip(), allowed):
             return text.strip()
-    raise InvalidValueError(f"must be {_described(alternatives)}, not {_excerpt(text)}")
+    raise InvalidValueError(f"must be {_described(possible)}, not {_excerpt(text)}")
 
 
 def from_json(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any]) -> Any:
@@ -58,7 +58,7 @@ def from_json(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any]) ->
     A quoted number for an integer parameter becomes that number, and a number for a string parameter becomes its JSON
     text. Raises InvalidValueError.
     """
-    for kind, allowed in _alternatives(schema, root):
+    for kind, allowed in alternatives(schema, root):
         if _is(value, kind) and (allowed is None or _among(value, allowed)):
             return int(value) if kind == "integer" else value
     return from_text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), schema, root)
@@ -153,22 +153,25 @@ _READERS = {
 }
 
 
-def _alternatives(schema: Any, root: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, list[Any] | None]]:
-    """Flatten a schema into its possible types, each with the values that it is limited to, if it is."""
+def alternatives(schema: Any, root: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, list[Any] | None]]:
+    """Flatten a schema into its possible types (`any`: whichever), each with the values that it is limited to, if it is.
+
+    `root` is what `$ref` leads into.
+    """
     if not isinstance(schema, Mapping) or depth > MAX_SCHEMA_DEPTH:
         yield "any", None
         return
     if "$ref" in schema:
-        yield from _alternatives(_resolve(schema["$ref"], root), root, depth + 1)
+        yield from alternatives(_resolve(schema["$ref"], root), root, depth + 1)
         return
     for union in ("anyOf", "oneOf"):
         if schema.get(union):
             for part in schema[union]:
-                yield from _alternatives(part, root, depth + 1)
+                yield from alternatives(part, root, depth + 1)
             return
     if schema.get("allOf"):
         # Written around one `$ref` by schema generators; its first part names the type.
-        yield from _alternatives(schema["allOf"][0], root, depth + 1)
+        yield from alternatives(schema["allOf"][0], root, depth + 1)
         return
     allowed = [schema["const"]] if "const" in schema else schema.get("enum")
     kinds = schema.get("type")
@@ -204,10 +207,10 @@ def _among(value: Any, allowed: list[Any]) -> bool:
     return any(value == member and isinstance(value, bool) == isinstance(member, bool) for member in allowed)
 
 
-def _described(alternatives: list[tuple[str, list[Any] | None]]) -> str:
+def _described(possible: list[tuple[str, list[Any] | None]]) -> str:
     parts = [
         kind if allowed is None else "one of " + ", ".join(json.dumps(member, ensure_ascii=False) for member in allowed)
-        for kind, allowed in alternatives
+        for kind, allowed in possible
     ]
     return " or ".join(dict.fromkeys(parts))
 

@@ -83,10 +83,10 @@ class Sequences(Protocol):
     def buffers(self) -> Mapping[str, Array]:
         """See `State.buffers`."""
 
-    def begin(self, count: int = 1) -> None:
+    def begin(self) -> None:
         """See `State.begin`."""
 
-    def commit(self, count: int = 1) -> None:
+    def commit(self) -> None:
         """See `State.commit`."""
 
 

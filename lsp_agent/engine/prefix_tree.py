@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+M = TypeVar("M")
 
 LONGEST = 512
 """Most tokens of a node: what is moved, split or evicted at a time."""
 
 
-class Node(Generic[T]):
+class Node(Generic[T, M]):
     """Consecutive `tokens` of prompts, the first of which is at `start`, after those of its `parent`.
 
     `content` is what is kept for all of these tokens, `mark` what is kept for the end of them; both may be absent.
@@ -23,13 +24,13 @@ class Node(Generic[T]):
 
     __slots__ = ("__weakref__", "children", "content", "mark", "parent", "priority", "start", "tokens")
 
-    def __init__(self, tokens: Sequence[int], parent: Node[T] | None) -> None:
+    def __init__(self, tokens: Sequence[int], parent: Node[T, M] | None) -> None:
         self.tokens = list(tokens)
         self.parent = parent
         self.start: int = parent.end if parent else 0
-        self.children: dict[int, Node[T]] = {}
+        self.children: dict[int, Node[T, M]] = {}
         self.content: T | None = None
-        self.mark: object | None = None
+        self.mark: M | None = None
         self.priority: tuple[float, int] = (0.0, 0)
 
     @property
@@ -38,15 +39,15 @@ class Node(Generic[T]):
         return self.start + len(self.tokens)
 
 
-class PrefixTree(Generic[T]):
+class PrefixTree(Generic[T, M]):
     """`split(content, at)` divides what is kept for a node into that of its first `at` tokens and of the others."""
 
     def __init__(self, split: Callable[[T, int], tuple[T, T]], longest: int = LONGEST) -> None:
-        self.root: Node[T] = Node((), None)
+        self.root: Node[T, M] = Node((), None)
         self._split_content = split
         self._longest = longest
 
-    def __iter__(self) -> Iterator[Node[T]]:
+    def __iter__(self) -> Iterator[Node[T, M]]:
         """Every node but the root, parents first."""
         waiting = list(self.root.children.values())
         while waiting:
@@ -54,9 +55,9 @@ class PrefixTree(Generic[T]):
             yield node
             waiting.extend(node.children.values())
 
-    def walk(self, ids: Sequence[int]) -> list[tuple[Node[T], int]]:
+    def walk(self, ids: Sequence[int]) -> list[tuple[Node[T, M], int]]:
         """The nodes along `ids` from the root on, and how many tokens of each agree: all but of the last one."""
-        path: list[tuple[Node[T], int]] = []
+        path: list[tuple[Node[T, M], int]] = []
         node, at = self.root, 0
         while at < len(ids) and (child := node.children.get(ids[at])) is not None:
             agreed = shared_prefix(child.tokens, ids[at : at + len(child.tokens)])
@@ -66,7 +67,7 @@ class PrefixTree(Generic[T]):
             node, at = child, at + agreed
         return path
 
-    def insert(self, ids: Sequence[int]) -> list[Node[T]]:
+    def insert(self, ids: Sequence[int]) -> list[Node[T, M]]:
         """The nodes that lead to `ids`, which end with the last of them; made, and split, where they are not there."""
         nodes = []
         for node, agreed in self.walk(ids):
@@ -79,13 +80,13 @@ class PrefixTree(Generic[T]):
             last = child
         return nodes
 
-    def remove(self, node: Node[T]) -> None:
+    def remove(self, node: Node[T, M]) -> None:
         """Take a node without children out of the tree."""
         if node.children or node.parent is None:
             raise ValueError("only a node at the end of a branch can be removed")
         del node.parent.children[node.tokens[0]]
 
-    def _split(self, node: Node[T], at: int) -> Node[T]:
+    def _split(self, node: Node[T, M], at: int) -> Node[T, M]:
         """Divide a node; it becomes the second part, and the first, new one is returned."""
         assert node.parent is not None
         upper = Node(node.tokens[:at], node.parent)

@@ -228,8 +228,12 @@ class State:
             return self.length
         if not self._replaced:
             return length
-        known = [*self.checkpoints.lengths, *(earlier for earlier, _ in self._history)]
-        return max((one for one in known if one <= length), default=0)
+        return max((one for one in self.points if one <= length), default=0)
+
+    @property
+    def points(self) -> set[int]:
+        """Lengths at which recurrent states are known: the present one, those before the last runs, checkpoints."""
+        return {self.length, *self.checkpoints.lengths, *(earlier for earlier, _ in self._history)}
 
     def at(self, length: int) -> Mapping[str, Array]:
         """The recurrent states [1, ...] after the first `length` tokens, which must be `reachable`."""

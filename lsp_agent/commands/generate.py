@@ -71,7 +71,7 @@ def generate(
     if prompt_file:
         ids = tokenizer.encode(_read(prompt_file))
     elif chat_file:
-        ids = tokenizer.chat(_messages(chat_file), _tools(tools_file) if tools_file else ())
+        ids = tokenizer.chat(_messages(chat_file), _tools(tools_file) if tools_file else ()).ids
     else:
         ids = tokenizer.infill(_read(fim_prefix), _read(fim_suffix))
     engine = Engine.load(

@@ -6,13 +6,16 @@ import codecs
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from lsp_agent.chat_model import Message, ToolSchema
+from lsp_agent.engine.answer_memory import AnswerMemory, Prefix
 from lsp_agent.engine.chat_template import render
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.tool_calls import ToolCallFormat, format_of_template, template_messages, tool_to_openai
@@ -20,6 +23,17 @@ from lsp_agent.errors import UserError
 
 FILE_SEPARATOR = "<|file_sep|>"
 _SEPARATOR = re.compile(r"^(<\|repo_name\|>|<\|file_sep\|>).*\n", re.MULTILINE)
+
+
+MAX_ROLE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation as tokens. `boundaries`: lengths at which a message ends, or the next one's content begins."""
+
+    ids: list[int]
+    boundaries: tuple[int, ...]
 
 
 class Tokenizer:
@@ -43,6 +57,7 @@ class Tokenizer:
         tokens: dict[str, Any] = package.header["tokens"]
         self.end_ids = frozenset(tokens["end"])
         self.fim: dict[str, int] = tokens["fim"]
+        self.answers = AnswerMemory(self)
         added = self._fast.get_added_tokens_decoder()
         self._added = {index: "" if token.special else token.content for index, token in added.items()}
 
@@ -94,26 +109,80 @@ class Tokenizer:
         """How the model writes tool calls."""
         return format_of_template(self._chat_template or "")
 
-    def chat(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> list[int]:
+    def chat(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> ChatPrompt:
         """A conversation under the checkpoint's chat template, ending where the assistant answers.
 
         Only the template writes control tokens; those spelled out in messages are text. Hybrid models are asked not to
-        think first. Raises `UserError` when the template takes no such conversation.
+        think first. Where an assistant's message is one of `answers` to the conversation before it, it has the tokens
+        that the model drew, so that the prompt begins with what the model has read. Raises `UserError` when the
+        template takes no such conversation.
         """
         if not self._chat_template:
             raise UserError("This model has no chat template; use fill-in-the-middle or a plain prompt.")
         if tools and self.tool_calls == "none":
             raise UserError("This model's chat template knows no tools; ask without tools, or use another model.")
-        turns, offered = template_messages(messages), [tool_to_openai(tool) for tool in tools]
-        mark = _unused_character(self._chat_template, turns, offered)
-        text = render(
-            self._chat_template, self._defused(turns, mark), self._defused(offered, mark), {"enable_thinking": False}
-        )
-        ids: list[int] = []
-        for part in self._controls.split(text):
-            control = self._control_ids.get(part)
-            ids += [control] if control is not None else self.encode_text(part.replace(mark, ""))
-        return ids
+        turns, offered = template_messages(messages), [tool_to_openai(replace(tool, strict=False)) for tool in tools]
+        mark, place = _unused_characters(2, self._chat_template, turns, offered)
+        parts = self._rendered(turns, offered, mark)
+        prompt, boundaries = Prefix(self.control_ids), []
+        for part, placed in zip(parts, self._placed(messages, turns, offered, mark, place, parts), strict=True):
+            if part in self._control_ids:
+                boundaries += [] if self._control_ids[part] in self.end_ids else [len(prompt.ids)]
+                prompt.ids.append(self._control_ids[part])
+                continue
+            begin = len(prompt.ids)
+            before, _, rest = placed.partition(place)
+            index, _, after = rest.partition(place)
+            prompt.ids += self.encode_text(before.replace(mark, ""))
+            if index:
+                if self.answers.recall(prompt, messages[int(index)]):
+                    prompt.ids += self.encode_text(after.replace(mark, ""))
+                else:
+                    prompt.ids[begin:] = self.encode_text(part.replace(mark, ""))
+            if boundaries and boundaries[-1] == begin - 1:
+                boundaries += self._header(prompt.ids, begin)
+        return ChatPrompt(prompt.ids, tuple(boundaries[1:] if boundaries[:1] == [0] else boundaries))
+
+    def _rendered(self, turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], mark: str) -> list[str]:
+        """What the template writes: text and control tokens in turn; `mark` is within those that messages spell out."""
+        assert self._chat_template is not None
+        turns, tools = self._defused([list(turns), list(tools)], mark)
+        text = render(self._chat_template, turns, tools, {"enable_thinking": False})
+        return self._controls.split(text)
+
+    def _placed(
+        self,
+        messages: Sequence[Message],
+        turns: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]],
+        mark: str,
+        place: str,
+        parts: list[str],
+    ) -> list[str]:
+        """The rendered `parts`, but with a message's index between two `place`s where it may be a known answer.
+
+        Where a template does something else with such a message than with the answer, all is left as it is.
+        """
+        known = [self.answers.knows(message) for message in messages]
+        if not any(known):
+            return parts
+        stand_ins = [
+            {"role": turn["role"], "content": f"{place}{index}{place}"} if known[index] else turn
+            for index, turn in enumerate(turns)
+        ]
+        try:
+            placed = self._rendered(stand_ins, tools, mark)
+        except UserError:
+            return parts
+        same = len(placed) == len(parts) and placed[1::2] == parts[1::2]
+        return [b if place in b else a for a, b in zip(parts, placed, strict=True)] if same else parts
+
+    def _header(self, ids: Sequence[int], begin: int) -> list[int]:
+        """Where a turn's content begins whose text begins at `begin`: after the line that names the role."""
+        for place in range(begin, min(begin + MAX_ROLE_TOKENS, len(ids))):
+            if b"\n" in (text := self.token_bytes(ids[place])):
+                return [place + 1 if text == b"\n" else place]
+        return []
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text in which nothing is a control token: one that is spelled out is cut in two."""
@@ -173,10 +242,10 @@ class Tokenizer:
         return [*ids, *self.encode_text(prefix[start:end])], prefix[end:]
 
 
-def _unused_character(*values: Any) -> str:
-    """A character of Unicode's private use that occurs in none of the JSON values."""
+def _unused_characters(count: int, *values: Any) -> list[str]:
+    """Characters of Unicode's private use that occur in none of the JSON values."""
     used = set(json.dumps(values, ensure_ascii=False))
-    return next(chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
+    return list(islice((chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used), count))
 
 
 class TextStream:

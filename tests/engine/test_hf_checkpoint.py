@@ -106,7 +106,7 @@ def test_tokenizer_and_special_tokens(hf_package):
     vocabulary = engine.tokenizer
     text = "def f(x):\n    return x\n"
     assert vocabulary.decode(vocabulary.encode(text)) == text
-    assert engine.chat_prompt([{"role": "user", "content": "hi"}])
+    assert engine.chat_prompt([{"role": "user", "content": "hi"}]).ids
     assert len(package.header["tokens"]["end"]) == 2 and "prefix" in package.header["tokens"]["fim"]
 
 

@@ -27,5 +27,5 @@ def test_of_several_chat_templates_the_default_is_taken(hf_folder, tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     import_checkpoint(folder, tmp_path / "p")
     engine = Engine.load(tmp_path / "p", threads=1)
-    prompt = engine.chat_prompt([{"role": "user", "content": "hi"}])
+    prompt = engine.chat_prompt([{"role": "user", "content": "hi"}]).ids
     assert engine.tokenizer.decode(prompt) == "defaulthi"

@@ -43,7 +43,7 @@ def test_infill_order(tokenizer):
 
 
 def test_the_chat_template_of_the_checkpoint(tokenizer):
-    ids = tokenizer.chat([{"role": "user", "content": "hi"}])
+    ids = tokenizer.chat([{"role": "user", "content": "hi"}]).ids
     assert ids == tokenizer.encode("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
 
 

@@ -38,7 +38,7 @@ def pair(request, tmp_path_factory):
 
 def all_prompts(engine: Engine) -> list[list[int]]:
     prompts = [engine.tokenizer.encode(text) for text in PLAIN]
-    prompts += [engine.chat_prompt([{"role": "user", "content": text}]) for text in CHATS]
+    prompts += [engine.chat_prompt([{"role": "user", "content": text}]).ids for text in CHATS]
     return prompts + [engine.infill_prompt(prefix, suffix) for prefix, suffix in GAPS]
 
 
@@ -77,8 +77,9 @@ def test_logits_are_the_reference_s(pair):
     engine, reference = pair
     worst = 0.0
     for ids in all_prompts(engine):
-        cache = engine._prefixes.empty()
-        logits = engine._decoder.run(np.array([ids]), cache, range(len(ids)))
+        state = engine.prefixes.empty()
+        logits = engine._decoder.run(np.array([ids]), state, range(len(ids)))
+        engine.prefixes.release(state)
         expected = reference_logits(reference, ids)
         worst = max(worst, float(np.abs(logits - expected).max() / np.abs(expected).max()))
     print(f"\nmax logit error relative to the largest logit: {worst:.2e}")

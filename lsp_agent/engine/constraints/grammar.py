@@ -5,12 +5,11 @@ llguidance is imported when the first grammar is compiled: commands that constra
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
@@ -107,7 +106,7 @@ class Vocabulary:
         self._size = tokenizer.vocabulary
         self._never = np.array(sorted(tokenizer.control_ids - tokenizer.end_ids), np.int64)
         self._end = sorted(tokenizer.end_ids)
-        self._tokens: LLTokenizer = LLTokenizer(_Tokens(tokenizer), n_vocab=self._size, eos_token=self._end)
+        self._tokens: LLTokenizer = LLTokenizer(cast(Any, _Tokens(tokenizer)), self._size, self._end)
         self._limits: LLParserLimits = LLParserLimits(
             step_lexer_fuel=50_000, max_lexer_states=50_000, max_grammar_size=100_000, verbose_errors=False
         )

@@ -151,8 +151,8 @@ def _searched(pattern: str, tool: ToolSchema, name: str) -> str:
     core = core[:-1] if ends else core
     if "|" in core or "^" in core.replace("[^", "") or "$" in core or not isinstance(pattern, str):
         raise UserError(
-            f"The pattern of the parameter `{name}` of the tool `{tool.name}` can be enforced only without `|` and with "
-            "`^` and `$` at its ends."
+            f"The pattern of the parameter `{name}` of the tool `{tool.name}` can be enforced only without `|`, and "
+            "with `^` and `$` at its ends."
         )
     core = core.replace("\\/", "/").replace("/", "\\/").replace("\n", "\\n")
     return f"/{'' if begins else '(?s:.*)'}(?:{core}){'' if ends else '(?s:.*)'}/"

@@ -154,7 +154,7 @@ _READERS = {
 
 
 def alternatives(schema: Any, root: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, list[Any] | None]]:
-    """Flatten a schema into its possible types (`any`: whichever), each with the values that it is limited to, if it is.
+    """Flatten a schema into its possible types (or `any`), each with the values that it is limited to, if it is.
 
     `root` is what `$ref` leads into.
     """

@@ -2,77 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
 
 import httpx
 import pytest
+from api_service import Speaker
+from api_service import ask as post
 from tool_calls_samples import TOOLS, WRITERS, write_qwen3_coder
 
-from lsp_agent.cancel import CancelToken
-from lsp_agent.chat_model import Message, Problem, Sampling, ToolSchema
-from lsp_agent.engine.generation import Step, Timings
-from lsp_agent.engine.service.client import EngineModel
-from lsp_agent.engine.service.server import EngineServer
-from lsp_agent.engine.service.shapes import completions
+from lsp_agent.chat_model import Problem
+from lsp_agent.engine.service.replies import completions
 from lsp_agent.engine.tool_calls import call_to_openai, parse_answer, tool_to_openai
-from lsp_agent.errors import UserError
 
 TOOL_ENTRIES = [tool_to_openai(tool) for tool in TOOLS]
 READ = write_qwen3_coder("read_file", {"path": "a.py", "start": 3})
 TESTS = write_qwen3_coder("run_tests", {})
 
-
-@dataclass
-class Speaker:
-    """Stands in for `Engine`: says `texts`, three characters a step, one text a sequence."""
-
-    texts: Sequence[str] = ("",)
-    finish_reason: str = "stop"
-    fails_after: int | None = None
-    context_length: int = 4096
-    tokenizer: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(tool_calls="qwen3_coder"))
-    asked: list[tuple[list[Message], list[ToolSchema]]] = field(default_factory=list)
-
-    def chat_prompt(self, messages: list[Message], tools: list[ToolSchema]) -> list[int]:
-        if messages[0]["content"] == "too long":
-            raise UserError("The prompt is too long.")
-        self.asked.append((messages, tools))
-        return [1, 2, 3]
-
-    def generate(self, prompt: list[int], sampling: Sampling, cancel: CancelToken, n: int) -> Any:
-        class Spoken(Iterator[Step]):
-            timings = Timings(prompt_tokens=len(prompt), cached_tokens=2)
-            __next__ = lambda self: next(steps)  # noqa: E731
-
-        steps = self._steps(n)
-        return Spoken()
-
-    def _steps(self, n: int) -> Iterator[Step]:
-        parts = [[text[i : i + 3] for i in range(0, len(text), 3)] + [""] for text in self.texts[:n]]
-        for number in range(max(map(len, parts))):
-            if number == self.fails_after:
-                raise UserError("The engine ran out of memory.")
-            for index, part in enumerate(parts):
-                if number < len(part):
-                    reason = self.finish_reason if number == len(part) - 1 else None
-                    yield Step(index, 7, part[number], -0.5, reason)
-
-
-def ask(speaker: Speaker, **body: Any) -> httpx.Response:
-    body = {"messages": [{"role": "user", "content": "hi"}], "tools": TOOL_ENTRIES, **body}
-
-    async def post() -> httpx.Response:
-        transport = httpx.ASGITransport(app=EngineServer(speaker, "speaker").app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://engine") as http:
-            return await http.post("/v1/chat/completions", json=body)
-
-    return asyncio.run(post())
+ask = partial(post, messages=[{"role": "user", "content": "hi"}], tools=TOOL_ENTRIES)
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:
@@ -129,7 +77,7 @@ def test_content_is_null_where_there_are_only_calls() -> None:
 def test_a_stream_adds_up_to_the_whole_answer(call_format: str) -> None:
     write = WRITERS[call_format]
     texts = [f"I look.\n{write('read_file', {'path': 'a'})}\n{write('run_tests', {})}\nDone.", "Nothing to do.", ""]
-    speaker = Speaker(texts, tokenizer=SimpleNamespace(tool_calls=call_format))
+    speaker = Speaker(texts, call_format)
     whole = ask(speaker, n=3).json()
     chunks = events(ask(speaker, n=3, stream=True, stream_options={"include_usage": True}))
     assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
@@ -141,12 +89,13 @@ def test_a_stream_adds_up_to_the_whole_answer(call_format: str) -> None:
         choice["message"]["content"] = choice["message"]["content"] or None
         for call in choice["message"].get("tool_calls", ()):
             assert call.pop("id").startswith("call_")
+        assert choice["message"].pop("refusal", None) is None
     assert streamed == whole["choices"]
 
 
 def test_text_is_streamed_as_it_is_said() -> None:
     chunks = events(ask(Speaker(["one two three"]), stream=True))
-    assert [c["choices"][0]["delta"].get("content") for c in chunks][:3] == ["one", " tw", "o t"]
+    assert [c["choices"][0]["delta"].get("content") for c in chunks][:5] == ["o", "n", "e", " ", "t"]
     assert [c["choices"][0]["delta"].get("role") for c in chunks][:2] == ["assistant", None]
     assert not any("usage" in chunk for chunk in chunks)
 
@@ -154,7 +103,7 @@ def test_text_is_streamed_as_it_is_said() -> None:
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_call_that_cannot_be_read_is_text_and_a_problem(streamed: bool) -> None:
     cut = READ[: READ.index("a.py")]
-    response = ask(Speaker([f"I look.\n{cut}"], finish_reason="length"), stream=streamed)
+    response = ask(Speaker([f"I look.\n{cut}"], cut_off=True), stream=streamed)
     (choice,) = added_up(events(response)) if streamed else response.json()["choices"]
     assert choice["finish_reason"] == "length"
     assert choice["message"]["content"] == f"I look.\n{cut}"
@@ -192,7 +141,7 @@ def test_the_conversation_reaches_the_template() -> None:
         {"role": "tool", "tool_call_id": call.id, "content": "x = 1"},
     ]
     assert ask(speaker, messages=conversation).status_code == 200
-    ((messages, tools),) = speaker.asked
+    ((messages, tools),) = speaker.chats
     assert messages == [
         {"role": "user", "content": "Read it."},
         {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -204,18 +153,21 @@ def test_the_conversation_reaches_the_template() -> None:
 def test_tool_choice_none_offers_no_tools_and_reads_no_calls() -> None:
     speaker = Speaker([READ])
     (choice,) = ask(speaker, tool_choice="none").json()["choices"]
-    assert speaker.asked[0][1] == []
+    assert speaker.chats[0][1] == []
     assert choice["message"]["content"] == READ and choice["finish_reason"] == "stop"
 
 
 @pytest.mark.parametrize(
     ("body", "names"),
     [
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tools": [{"type": "function", "function": {"description": "no name"}}]}, "tools.0.function.name"),
-        ({"tools": [{"type": "function", "function": {"name": "bad name!"}}]}, "tools.0.function.name"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "fly"}}}, "tool_choice"),
+        ({"tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": [TOOL_ENTRIES[0], TOOL_ENTRIES[0]]}, "tools[1].function.name"),
+        ({"tools": [{"type": "function", "function": {"description": "no name"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "bad name!"}}]}, "tools[0].function.name"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "too long"}]}, "too long"),
         ({"messages": [{"role": "user", "content": "too long"}], "stream": True}, "too long"),
     ],
@@ -224,14 +176,6 @@ def test_a_bad_request_gets_the_apis_error_shape(body: dict[str, Any], names: st
     response = ask(Speaker(["x"]), **body)
     assert response.status_code == 400
     assert names in response.json()["error"]["message"]
-
-
-def test_a_model_that_was_not_trained_to_infill_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(EngineModel, "_start", lambda self, cancel: None)
-    model = EngineModel("plain", tmp_path, tier="small", context_length=512, infills=False)
-    with pytest.raises(UserError, match="plain was not trained to fill in the middle"):
-        model.infill("a", "b", Sampling(), CancelToken())
-    model._stop_loop()
 
 
 def test_an_error_within_a_stream_ends_it() -> None:

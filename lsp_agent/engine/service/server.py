@@ -1,203 +1,342 @@
-"""The engine's HTTP face: an OpenAI-compatible subset over a socket that only the user can open.
+"""The engine's HTTP face, as OpenAI's API has it; `docs/api.md` says field by field what is answered, and how.
 
-`/v1/completions` takes `suffix` for fill-in-the-middle and `echo` with `max_tokens: 0` and `logprobs` to score a text;
-`/v1/chat/completions` takes messages and tools, and streams if asked to. Sampling fields beyond OpenAI's (`top_k`,
-`min_p`, `repetition_penalty`) have the names that vLLM and llama.cpp's server use. Requests are answered one at a time
-in one worker thread; a connection that closes stops its generation within one decode step.
+A connection that closes stops what was generated for it within one step. Bodies are read, prompts tokenised and masks
+compiled in threads of their own, so that the event loop is free for others at any time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError
+import uvicorn
+from pydantic import TypeAdapter
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lsp_agent.cancel import CancelToken
-from lsp_agent.chat_model import Completion, Usage
-from lsp_agent.engine.answers import collect, stream, total_usage
-from lsp_agent.engine.engine import Engine
-from lsp_agent.engine.gpu.errors import GpuLost, explain
 from lsp_agent.engine.service import shapes
-from lsp_agent.engine.service.requests import ChatRequest, CompletionRequest, SamplingFields
-from lsp_agent.errors import Cancelled, PromptTooLong, UserError
+from lsp_agent.engine.service.admission import Admission
+from lsp_agent.engine.service.answering import Answering, Inbox
+from lsp_agent.engine.service.api_errors import ApiError, api_error
+from lsp_agent.engine.service.bodies import client_of, read_json
+from lsp_agent.engine.service.chat_requests import ChatRequest, TokenizeChatRequest, TokenizeRequest
+from lsp_agent.engine.service.metrics import CONTENT_TYPE, Metrics, Stopwatch
+from lsp_agent.engine.service.middleware import Gate, where
+from lsp_agent.engine.service.prepare import (
+    Asker,
+    Prepared,
+    check_tokens,
+    prepare_chat,
+    prepare_text,
+    spelled_text,
+)
+from lsp_agent.engine.service.requests import CompletionRequest, DetokenizeRequest
+from lsp_agent.engine.service.scoring import score
 
-CHUNK = "chat.completion.chunk"
-DISCONNECT_POLL_S = 0.05
+if TYPE_CHECKING:
+    from lsp_agent.engine.engine import Engine
+    from lsp_agent.engine.service.host import EngineHost, ServedModel
+
+KEEP_ALIVE_S = 60
+PREPARING_THREADS = 3
 _log = logging.getLogger(__name__)
+_tokenize = TypeAdapter[TokenizeRequest | TokenizeChatRequest](TokenizeRequest | TokenizeChatRequest)
 
-Body = TypeVar("Body", bound=SamplingFields)
-
-
-def _error_body(message: str, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "invalid_request_error", "code": code, "param": None}}
+Generating = TypeVar("Generating", ChatRequest, CompletionRequest)
+Object = dict[str, Any]
 
 
-def _error(message: str, status: int, code: str | None = None) -> JSONResponse:
-    return JSONResponse(_error_body(message, code), status_code=status)
+NOT_STORED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 class EngineServer:
-    """Serves one loaded engine; `last_used` (monotonic seconds) lets the process leave when idle."""
+    """Serves the models of a host; `busy` and `last_used` (monotonic seconds) let the process leave when idle.
 
-    def __init__(self, engine: Engine, name: str) -> None:
-        self._engine = engine
-        self._name = name
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
+    `routes`: more routes beside the API's.
+    """
+
+    def __init__(self, host: EngineHost, *, routes: Sequence[Route] = (), admission: Admission | None = None) -> None:
+        self._host = host
+        self._admission = admission or Admission()
+        self._threads = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="prepare")
+        self._scoring = asyncio.Lock()
         self.last_used = time.monotonic()
-        self.busy = 0
-        self.broken = False
-        """The GPU was lost: this process can answer nothing more."""
-        self.app = Starlette(
-            routes=[
-                Route("/v1/models", self._models),
-                Route("/v1/completions", self._completions, methods=["POST"]),
-                Route("/v1/chat/completions", self._chat, methods=["POST"]),
-            ]
+        self._routes = [
+            Route("/health", self._health),
+            Route("/metrics", self._figures),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._model),
+            Route("/v1/completions", self._completions, methods=["POST"]),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/tokenize", self._tokens, methods=["POST"]),
+            Route("/detokenize", self._text, methods=["POST"]),
+            *routes,
+        ]
+        self.metrics = Metrics(self._routes, host.status)
+        self.app = self.guarded(None)
+
+    def guarded(self, token: str | None) -> Starlette:
+        """The application for listeners where requests must carry a token; `app` is the one where none is needed."""
+        return Starlette(
+            routes=self._routes,
+            middleware=[Middleware(Gate, token=token, metrics=self.metrics)],
+            exception_handlers={HTTPException: _no_route},
         )
 
-    async def _models(self, request: Request) -> Response:  # noqa: ARG002 - the signature of a route
-        entry = {
-            "id": self._name,
-            "object": "model",
-            "owned_by": "lsp-agent",
-            "context_length": self._engine.context_length,
-        }
-        return JSONResponse({"object": "list", "data": [entry]})
+    @property
+    def busy(self) -> int:
+        """Requests under way."""
+        return self._admission.total
 
-    async def _completions(self, request: Request) -> Response:
-        return await self._answer(request, CompletionRequest, self._complete_text)
+    def close(self) -> None:
+        """End the threads; nothing can be asked any more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _health(self, request: Request) -> Response:  # noqa: ARG002 - the signature of a route
+        self._check_alive()
+        return JSONResponse({"status": "ok"})
+
+    async def _figures(self, request: Request) -> Response:  # noqa: ARG002
+        return Response(await asyncio.to_thread(self.metrics.text), media_type=CONTENT_TYPE)
+
+    async def _models(self, request: Request) -> Response:  # noqa: ARG002
+        return JSONResponse({"object": "list", "data": [_model_entry(model) for model in self._host.models()]})
+
+    async def _model(self, request: Request) -> Response:
+        return JSONResponse(_model_entry(self._served(request.path_params["name"])))
 
     async def _chat(self, request: Request) -> Response:
-        return await self._answer(request, ChatRequest, self._complete_chat)
+        def prepare(engine: Engine, model: ServedModel, body: ChatRequest, asker: Asker) -> Prepared:
+            return prepare_chat(engine, model.sampling, body, asker)
 
-    def _complete_text(self, body: CompletionRequest, cancel: CancelToken) -> Iterator[Any]:
-        engine = self._engine
-        if body.echo:
-            if body.max_tokens or body.suffix is not None or body.logprobs is None:
-                raise UserError("`echo` is for scoring: send it with `max_tokens: 0`, `logprobs` and no `suffix`.")
-            scores = engine.score_text(body.prompt, cancel)
-            choices, total = [shapes.score_choice(body.prompt, scores)], Usage(prompt_tokens=len(scores))
-        else:
-            if body.suffix is None:
-                ids = engine.tokenizer.encode(body.prompt)
-            else:
-                ids = engine.infill_prompt(body.prompt, body.suffix)
-            answers = collect(engine, ids, body.sampling(), cancel, body.n)
-            choices, total = [shapes.text_choice(*item) for item in enumerate(answers)], total_usage(answers)
-        yield {"object": "text_completion", "choices": choices, "usage": shapes.usage(total)}
+        return await self._generate(request, ChatRequest, prepare, "chatcmpl")
 
-    def _complete_chat(self, body: ChatRequest, cancel: CancelToken) -> Iterator[Any]:
-        tools = body.offered()
-        ids = self._engine.chat_prompt(body.conversation(), tools)
-        if not body.stream:
-            answers = collect(self._engine, ids, body.sampling(), cancel, body.n, tools)
-            choices = [shapes.chat_choice(*item) for item in enumerate(answers)]
-            yield {"object": "chat.completion", "choices": choices, "usage": shapes.usage(total_usage(answers))}
-            return
-        chunks, ended = shapes.ChatChunks(), []
-        for index, piece in stream(self._engine, ids, body.sampling(), cancel, body.n, tools):
-            if isinstance(piece, Completion):
-                ended.append(piece)
-            yield {"object": CHUNK, "choices": [chunks.choice(index, piece)]}
-        if body.stream_options.include_usage:
-            yield {"object": CHUNK, "choices": [], "usage": shapes.usage(total_usage(ended))}
+    async def _completions(self, request: Request) -> Response:
+        def prepare(engine: Engine, model: ServedModel, body: CompletionRequest, asker: Asker) -> Prepared:
+            return prepare_text(engine, model.sampling, model.infills, body, asker)
 
-    async def remember(self) -> None:
-        """Let the engine keep what its next start can use, after the request that runs, if any."""
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._worker, self._engine.remember)
-        except Exception as error:
-            _log.warning("cannot keep which experts were used most: %s", error)
-            self.broken = self.broken or isinstance(explain(error), GpuLost)
+        return await self._generate(request, CompletionRequest, prepare, "cmpl")
 
-    async def _answer(
-        self, request: Request, schema: type[Body], complete: Callable[[Body, CancelToken], Iterator[Any]]
+    async def _tokens(self, request: Request) -> Response:
+        body = await self._threaded(_tokenize.validate_json, await read_json(request))
+        with self._admission.enter(client_of(request, None)):
+            engine, model = await self._engine(body.model)
+            ids = await self._threaded(_tokenized, engine, body)
+        strings = [spelled_text(engine, [token]) for token in ids] if body.return_token_strs else None
+        return JSONResponse(
+            {"count": len(ids), "max_model_len": model.context_length, "tokens": ids, "token_strs": strings}
+        )
+
+    async def _text(self, request: Request) -> Response:
+        body = await self._threaded(DetokenizeRequest.model_validate_json, await read_json(request))
+        with self._admission.enter(client_of(request, None)):
+            engine, _ = await self._engine(body.model)
+            check_tokens(engine, body.tokens, "tokens")
+            text = await self._threaded(spelled_text, engine, body.tokens)
+        return JSONResponse({"prompt": text})
+
+    async def _threaded(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    def _check_alive(self) -> None:
+        if self._host.broken is not None:
+            raise self._host.broken
+        if self._host.stopping:
+            raise ApiError("The engine is stopping; ask again in a moment.", 503, code="stopping", retry=True)
+
+    def _served(self, name: str | None) -> ServedModel:
+        resolved = self._host.resolve(name)
+        return next(model for model in self._host.models() if model.name == resolved)
+
+    async def _engine(self, name: str | None) -> tuple[Engine, ServedModel]:
+        self._check_alive()
+        model = self._served(name)
+        return await self._host.engine(model.name), model
+
+    async def _generate(
+        self,
+        request: Request,
+        schema: type[Generating],
+        prepare: Callable[[Engine, ServedModel, Generating, Asker], Prepared],
+        kind: str,
     ) -> Response:
-        """Answer with the one object that `complete` yields, or stream all of them when the body says so."""
+        """Answer with one object, or stream many when the body says so."""
+        body: Generating = await self._threaded(schema.model_validate_json, await read_json(request))
+        objects = self._objects(request, body, prepare, kind)
         try:
-            body = schema.model_validate_json(await request.body())
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "body"
-            return _error(f"{where}: {first['msg']}", 400)
-        objects = self._objects(request, body, complete)
-        try:
-            first_object = await anext(objects)
-        except UserError as error:
-            lost = isinstance(error, GpuLost)
-            code = error.code if isinstance(error, PromptTooLong | GpuLost) else None
-            return _error(str(error), 503 if lost else 400, code)
-        except Cancelled:
-            return Response(status_code=499)  # nobody reads it: the client has gone
-        if isinstance(body, ChatRequest) and body.stream:
-            return StreamingResponse(_events(first_object, objects), media_type="text/event-stream")
+            first = await anext(objects)  # what goes wrong before it still has a status
+        except BaseException:
+            await objects.aclose()
+            raise
+        if body.stream:
+            return StreamingResponse(_events(first, objects), media_type="text/event-stream", headers=NOT_STORED)
         await objects.aclose()
-        return JSONResponse(first_object)
+        return JSONResponse(first)
 
     async def _objects(
-        self, request: Request, body: Body, complete: Callable[[Body, CancelToken], Iterator[Any]]
-    ) -> AsyncGenerator[dict[str, Any], None]:
-        """Run `complete` in the worker thread and give what it yields, until it ends or nobody reads on."""
-        cancel = CancelToken()
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue()
-        about = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self._name}
-
-        def work() -> None:
-            end: Exception | None = None
-            try:
-                for item in complete(body, cancel):
-                    cancel.raise_if_cancelled()
-                    loop.call_soon_threadsafe(queue.put_nowait, {**about, **item})
-            except Exception as error:
-                end = explain(error) or error
-                self.broken = self.broken or isinstance(end, GpuLost)
-            loop.call_soon_threadsafe(queue.put_nowait, end)
-
-        self.busy += 1
-        watch = asyncio.create_task(_cancel_on_disconnect(request.is_disconnected, cancel))
+        self,
+        request: Request,
+        body: Generating,
+        prepare: Callable[[Engine, ServedModel, Generating, Asker], Prepared],
+        kind: str,
+    ) -> AsyncGenerator[Object, None]:
+        """Everything that is sent, until the end or until nobody reads on."""
+        asker = Asker(client_of(request, body.user), CancelToken())
+        stopwatch = Stopwatch()
+        inbox = Inbox()
+        watch = asyncio.create_task(_watch(request, asker.cancel, inbox))
         try:
-            loop.run_in_executor(self._worker, work)
-            while (item := await queue.get()) is not None:
-                if isinstance(item, Exception):
-                    raise item
-                yield item
+            with self._admission.enter(asker.client):
+                engine, model = await self._engine(body.model)
+                prepared = await self._threaded(prepare, engine, model, body, asker)
+                about = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
+                about["system_fingerprint"] = shapes.FINGERPRINT
+                items = self._answer(engine, body, prepared, inbox, stopwatch)
+                async with contextlib.aclosing(items):
+                    async for item in items:
+                        yield {**about, **item}
         finally:
-            cancel.cancel()
+            asker.cancel.cancel()
             watch.cancel()
-            self.busy -= 1
             self.last_used = time.monotonic()
 
+    async def _answer(
+        self,
+        engine: Engine,
+        body: ChatRequest | CompletionRequest,
+        prepared: Prepared,
+        inbox: Inbox,
+        stopwatch: Stopwatch,
+    ) -> AsyncGenerator[Object, None]:
+        choices: shapes.ChatChoices | shapes.TextChoices
+        if isinstance(body, ChatRequest):
+            kinds, top = ("chat.completion", "chat.completion.chunk"), 0
+            choices = shapes.ChatChoices(prepared.answers)
+        else:
+            kinds, top = ("text_completion", "text_completion"), body.logprobs or 0
+            choices = shapes.TextChoices(prepared.answers, top)
+        answering = Answering(engine, prepared, choices)
+        with_usage = bool(body.stream and body.stream_options and body.stream_options.include_usage)
+        unknown = {"usage": None} if with_usage else {}
 
-async def _events(first: dict[str, Any], rest: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[str, None]:
+        def chunks(parts: list[Any]) -> list[Object]:
+            if not body.stream:
+                return []
+            return [{"object": kinds[1], "choices": [choices.chunk(*part)], **unknown} for part in parts]
+
+        try:
+            if prepared.texts:
+                async with self._scoring if prepared.scored else contextlib.nullcontext():
+                    scorings = [
+                        await score(self._host, engine, asked, top) if prepared.scored else None
+                        for asked in prepared.requests
+                    ]
+                answering.echo(scorings)
+            if prepared.requests[0].sampling.max_tokens:
+                for asked in prepared.requests:
+                    answering.begin(self._host.submit(engine, asked, inbox.open()))
+                while (told := await inbox.next()) is not None:
+                    stopwatch.step()
+                    for item in chunks(answering.feed(*told)):
+                        yield item
+                for item in chunks(answering.close()):
+                    yield item
+            else:
+                for item in chunks(answering.end_unasked()):
+                    yield item
+            if not body.stream:
+                yield {"object": kinds[0], "choices": answering.whole(), "usage": answering.usage()}
+            elif with_usage:
+                yield {"object": kinds[1], "choices": [], "usage": answering.usage()}
+        finally:
+            self.metrics.generated(answering.timings, stopwatch)
+
+
+def _tokenized(engine: Engine, body: TokenizeRequest | TokenizeChatRequest) -> list[int]:
+    if isinstance(body, TokenizeRequest):
+        return engine.tokenizer.encode(body.prompt)
+    return list(engine.chat_prompt(body.conversation(), body.schemas()).ids)
+
+
+def _model_entry(model: ServedModel) -> Object:
+    """Write a model: OpenAI's fields, vLLM's name of the context's length, and ours."""
+    length = {"context_length": model.context_length, "max_model_len": model.context_length}
+    about = {"id": model.name, "object": "model", "created": model.created, "owned_by": "lsp-agent"}
+    return {**about, **length, "loaded": model.loaded}
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        told = ApiError(f"This path does not take {request.method}.", 405, code="method_not_allowed")
+    else:
+        told = ApiError("This engine has no such path; see docs/api.md.", error.status_code, code="unknown_url")
+    response = told.response()
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _watch(request: Request, cancel: CancelToken, inbox: Inbox) -> None:
+    """Stop at once when the connection closes."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    cancel.cancel()
+    inbox.fail(ApiError("The client has gone.", 499, code="cancelled"))
+
+
+async def _events(first: Object, rest: AsyncGenerator[Object, None]) -> AsyncGenerator[str, None]:
     """Write objects as server-sent events; an error ends them, since the status has been sent."""
     async with contextlib.aclosing(rest):
         yield _event(first)
         try:
             async for item in rest:
                 yield _event(item)
-        except (UserError, Cancelled) as error:
-            yield _event(_error_body(str(error) or "The request was cancelled."))
+        except Exception as error:
+            told = api_error(error)
+            if told.status == 500:
+                _log.error("A stream failed: %s", where(error))
+            yield _event(told.body)
+            return
     yield "data: [DONE]\n\n"
 
 
-def _event(item: dict[str, Any]) -> str:
+def _event(item: Object) -> str:
     return f"data: {json.dumps(item, ensure_ascii=False)}\n\n"
 
 
-async def _cancel_on_disconnect(is_disconnected: Callable[[], Awaitable[bool]], cancel: CancelToken) -> None:
-    while not await is_disconnected():
-        await asyncio.sleep(DISCONNECT_POLL_S)
-    cancel.cancel()
+class _Connection(H11Protocol):
+    """Numbers connections, so that clients that do not say who they are can be told apart."""
+
+    _numbers = itertools.count(1)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, "connection": f"connection {next(self._numbers)}"}
+
+
+def uvicorn_config(app: Starlette) -> uvicorn.Config:
+    """How to serve `EngineServer.app`: quietly, and with connections that are told apart."""
+    return uvicorn.Config(
+        app,
+        http=_Connection,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )

@@ -1,106 +1,118 @@
 """Answers in the shapes of OpenAI's API.
 
-`mean_logprob`, and what `tool_calls.openai.OURS` names, are additions of ours that other clients ignore.
+What stands under `tool_calls.openai.OURS` is an addition of ours that other clients ignore: an answer's
+`mean_logprob`, and what was wrong with calls that could not be read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
-from lsp_agent.chat_model import Completion, TokenScore, ToolCall, ToolCallError, Usage
-from lsp_agent.engine.tool_calls import (
-    Piece,
-    call_from_openai,
-    call_to_openai,
-    problem_from_openai,
-    problem_to_openai,
-)
+from lsp_agent import __version__
+from lsp_agent.chat_model import Completion, ToolCall
+from lsp_agent.engine.request import Timings
+from lsp_agent.engine.service.logprobs import Shown, chat_logprobs, text_logprobs
+from lsp_agent.engine.tool_calls import Piece, call_to_openai, problem_to_openai
 from lsp_agent.engine.tool_calls.openai import OURS
 
+FINGERPRINT = f"lsp-agent-{__version__}"
 
-def usage(total: Usage) -> dict[str, Any]:
-    """Write a request's token counts."""
+
+def usage(timings: Sequence[Timings], completion_tokens: int) -> dict[str, Any]:
+    """Write the token counts of a request, of one prompt or several."""
+    prompt_tokens = sum(one.prompt_tokens for one in timings)
+    accepted = sum(one.accepted_tokens for one in timings)
     return {
-        "prompt_tokens": total.prompt_tokens,
-        "completion_tokens": total.completion_tokens,
-        "total_tokens": total.prompt_tokens + total.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": total.cached_tokens},
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in timings)},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": sum(one.drafted_tokens for one in timings) - accepted,
+        },
     }
 
 
-def text_choice(index: int, answer: Completion) -> dict[str, Any]:
-    """Write one answer of `/v1/completions`."""
-    return {"index": index, "text": answer.text, **_ending(answer)}
+class ChatChoices:
+    """Writes the choices of one chat, in pieces or whole: pieces name the role first, and number an answer's calls."""
 
+    def __init__(self, n: int) -> None:
+        self._calls: list[int | None] = [None] * n  # calls so far, once the answer has begun
+        self._tokens: list[list[Shown]] = [[] for _ in range(n)]  # whose text was shown, not yet written
 
-def score_choice(prompt: str, scores: list[TokenScore]) -> dict[str, Any]:
-    """Write the log probabilities of a text's tokens."""
-    logprobs = {
-        "tokens": [prompt[score.start : score.end] for score in scores],
-        "text_offset": [score.start for score in scores],
-        "token_logprobs": [score.logprob for score in scores],
-    }
-    return {"index": 0, "text": prompt, "finish_reason": "stop", "logprobs": logprobs}
+    def note(self, index: int, tokens: Sequence[Shown]) -> None:
+        """Keep tokens for the next that is written of an answer."""
+        self._tokens[index] += tokens
 
-
-def chat_choice(index: int, answer: Completion) -> dict[str, Any]:
-    """Write one answer of `/v1/chat/completions`."""
-    message: dict[str, Any] = {"role": "assistant", "content": answer.text, **_problems(answer)}
-    if answer.tool_calls:
-        message |= {
-            "content": answer.text or None,
-            "tool_calls": [call_to_openai(call) for call in answer.tool_calls],
-        }
-    return {"index": index, "message": message, **_ending(answer)}
-
-
-class ChatChunks:
-    """Writes the choices of one streamed chat: they name the role first, and number the calls of each answer."""
-
-    def __init__(self) -> None:
-        self._calls: dict[int, int] = {}
-
-    def choice(self, index: int, piece: Piece | Completion) -> dict[str, Any]:
+    def chunk(self, index: int, piece: Piece | Completion) -> dict[str, Any]:
         """Write more of an answer, or its end."""
-        first = index not in self._calls
-        called = self._calls.setdefault(index, 0)
-        delta: dict[str, Any] = {"role": "assistant"} if first else {}
+        called = self._calls[index]
+        delta: dict[str, Any] = {"role": "assistant"} if called is None else {}
+        self._calls[index] = called = called or 0
         if isinstance(piece, Completion):
-            return {"index": index, "delta": {**delta, **_problems(piece)}, **_ending(piece)}
-        if isinstance(piece, ToolCall):
+            delta |= _problems(piece)
+        elif isinstance(piece, ToolCall):
             self._calls[index] = called + 1
             delta["tool_calls"] = [{"index": called, **call_to_openai(piece)}]
         else:
             delta["content"] = piece
-        return {"index": index, "delta": delta, "finish_reason": None}
+        return {"index": index, "delta": delta, "logprobs": self._written(index), **_ending(piece)}
+
+    def whole(self, index: int, answer: Completion) -> dict[str, Any]:
+        """Write an answer."""
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None, **_problems(answer)}
+        if answer.tool_calls:
+            message |= {
+                "content": answer.text or None,
+                "tool_calls": [call_to_openai(call) for call in answer.tool_calls],
+            }
+        return {"index": index, "message": message, "logprobs": self._written(index), **_ending(answer)}
+
+    def _written(self, index: int) -> dict[str, Any] | None:
+        tokens, self._tokens[index] = self._tokens[index], []
+        return chat_logprobs(tokens) if tokens else None
 
 
-def _ending(answer: Completion) -> dict[str, Any]:
-    return {"finish_reason": answer.finish_reason, "logprobs": {"mean_logprob": answer.mean_logprob}}
+class TextChoices:
+    """Writes the choices of `/v1/completions`, in pieces or whole; each may begin with its prompt (`echo`)."""
+
+    def __init__(self, n: int, top: int) -> None:
+        self._tokens: list[list[Shown]] = [[] for _ in range(n)]
+        self._echoed: list[str] = [""] * n
+        self._top = top
+
+    def note(self, index: int, tokens: Sequence[Shown]) -> None:
+        """Keep tokens for the next that is written of an answer."""
+        self._tokens[index] += tokens
+
+    def echo(self, index: int, prompt: str, tokens: Sequence[Shown]) -> None:
+        """Let an answer begin with its prompt."""
+        self._echoed[index] = prompt
+        self.note(index, tokens)
+
+    def chunk(self, index: int, piece: Piece | Completion) -> dict[str, Any]:
+        """Write more of an answer, or its end."""
+        return self._choice(index, piece if isinstance(piece, str) else "", piece)
+
+    def whole(self, index: int, answer: Completion) -> dict[str, Any]:
+        """Write an answer."""
+        return self._choice(index, answer.text, answer)
+
+    def _choice(self, index: int, text: str, piece: Piece | Completion) -> dict[str, Any]:
+        echoed, self._echoed[index] = self._echoed[index], ""
+        tokens, self._tokens[index] = self._tokens[index], []
+        logprobs = text_logprobs(tokens, self._top) if tokens else None
+        return {"index": index, "text": echoed + text, "logprobs": logprobs, **_ending(piece)}
+
+
+def _ending(piece: Piece | Completion) -> dict[str, Any]:
+    if not isinstance(piece, Completion):
+        return {"finish_reason": None}
+    ours = {} if piece.mean_logprob is None else {OURS: {"mean_logprob": piece.mean_logprob}}
+    return {"finish_reason": piece.finish_reason, **ours}
 
 
 def _problems(answer: Completion) -> dict[str, Any]:
     return {OURS: {"problems": [problem_to_openai(error) for error in answer.problems]}} if answer.problems else {}
-
-
-def completions(answer: Mapping[str, Any]) -> list[Completion]:
-    """Read the answers of a whole response; the usage of the request goes to the first, so that sums are right."""
-    counted = answer["usage"]
-    total = Usage(
-        counted["prompt_tokens"], counted["prompt_tokens_details"]["cached_tokens"], counted["completion_tokens"]
-    )
-    return [_completion(choice, total if number == 0 else Usage()) for number, choice in enumerate(answer["choices"])]
-
-
-def _completion(choice: Mapping[str, Any], total: Usage) -> Completion:
-    message = choice.get("message") or {"content": choice.get("text")}
-    problems: list[ToolCallError] = [problem_from_openai(error) for error in message.get(OURS, {}).get("problems", ())]
-    return Completion(
-        message["content"] or "",
-        choice["finish_reason"],
-        total,
-        choice["logprobs"]["mean_logprob"],
-        tuple(call_from_openai(call) for call in message.get("tool_calls") or ()),
-        tuple(problems),
-    )

@@ -1,0 +1,28 @@
+"""Scoring a text beside other work of the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from lsp_agent.engine.request import Request
+from lsp_agent.engine.scoring import Scoring
+
+if TYPE_CHECKING:
+    from lsp_agent.engine.engine import Engine
+    from lsp_agent.engine.service.host import EngineHost
+
+FULL_POLL_S = 0.05
+"""Until it is tried again to get a state of the engine's, when all are taken."""
+
+
+async def score(host: EngineHost, engine: Engine, asked: Request, top: int) -> Scoring:
+    """Score a prompt piece by piece; other requests advance in between. Raises `Cancelled` and `UserError`."""
+    scoring = engine.scoring(asked.prompt, asked.cancel, top)
+    try:
+        while not scoring.done:
+            if not await host.call(engine, scoring.advance):
+                await asyncio.sleep(FULL_POLL_S)
+    finally:
+        await asyncio.shield(host.call(engine, scoring.close))
+    return scoring

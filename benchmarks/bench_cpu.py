@@ -39,7 +39,7 @@ def own_worker(package: Path, threads: int, context: int) -> None:
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        engine._prefixes.clear()
+        engine.prefixes.clear()
         generation = engine.generate(
             request["ids"],
             Sampling(max_tokens=request["tokens"]),

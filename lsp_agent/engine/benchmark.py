@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lsp_agent.cancel import CancelToken
-from lsp_agent.engine.generation import prefill
+from lsp_agent.engine.prefill import prefill
 from lsp_agent.engine.sampling import Logits
 from lsp_agent.engine.session import Decoder
 from lsp_agent.engine.state import State

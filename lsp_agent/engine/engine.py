@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Message, Sampling, TokenScore, ToolSchema
 from lsp_agent.engine.architecture import ModelConfig
 from lsp_agent.engine.device import CpuDevice, Device, DeviceChoice, open_device, requested_device
-from lsp_agent.engine.generation import Generation
+from lsp_agent.engine.generation import Generation, OnStep
 from lsp_agent.engine.gpu.choice import Room, choose
 from lsp_agent.engine.gpu.errors import in_use_by
 from lsp_agent.engine.gpu.placement import PARALLEL, Placement
 from lsp_agent.engine.graph import Accuracy
 from lsp_agent.engine.package import Package
+from lsp_agent.engine.plan import PARALLEL_CONTEXT
+from lsp_agent.engine.prefix_cache import PREFIX_SLOTS, PrefixCache
 from lsp_agent.engine.prepacked import Progress
+from lsp_agent.engine.request import Request
+from lsp_agent.engine.scheduler import Scheduler
 from lsp_agent.engine.scoring import Scoring
 from lsp_agent.engine.session import Decoder
-from lsp_agent.engine.state import PREFIX_SLOTS, PrefixCache
 from lsp_agent.engine.tokens import Tokenizer
 from lsp_agent.errors import UserError
 from lsp_agent.machine import default_threads, usable_memory
 
 log = logging.getLogger(__name__)
+
+CPU_ROWS = 8
+"""Most sequences in one run on the CPU, of at most CPU_ROW_CONTEXT tokens each."""
+CPU_ROW_CONTEXT = 32768
 
 
 class Engine:
@@ -45,7 +53,10 @@ class Engine:
         self.tokenizer = Tokenizer(package)
         self._decoder = Decoder(package, threads, context, accuracy, device, on_progress, placement)
         prompts = placement.prompts if placement else PREFIX_SLOTS
-        self._prefixes = PrefixCache(self._decoder.states, context, prompts, self._decoder.device)
+        self.prefixes = PrefixCache(self._decoder.states, context, prompts, self._decoder.device)
+        row_capacity = min(context, PARALLEL_CONTEXT if self._decoder.device.name == "cuda" else CPU_ROW_CONTEXT)
+        rows = PARALLEL if self._decoder.device.name == "cuda" else CPU_ROWS
+        self.scheduler = Scheduler(self._decoder, self.prefixes, self.tokenizer, rows, row_capacity)
 
     @classmethod
     def load(
@@ -85,7 +96,12 @@ class Engine:
     @property
     def context_length(self) -> int:
         """Most tokens of prompt and answer together."""
-        return self._prefixes.capacity
+        return self.prefixes.capacity
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The model's end tokens and the fill-in-the-middle tokens, none of which belong in an answer."""
+        return frozenset({*self.tokenizer.end_ids, *self.tokenizer.fim.values()})
 
     def generate(
         self,
@@ -99,16 +115,17 @@ class Engine:
     ) -> Generation:
         """Answer a prompt of token ids `n` times, decoded together after one reading of the prompt.
 
-        Returns an iterator of `Step`s, in turn for each sequence that still runs. `stop_ids` defaults to the model's
-        end tokens and the fill-in-the-middle tokens, none of which belong in an answer. `drafting`: guess tokens from
-        the text and verify several in one run, which changes the speed and, beyond rounding, nothing else (no effect
-        on hybrid models). Raises `UserError` when the prompt is empty or does not fit; iterating raises `Cancelled`.
+        Returns an iterator of `Step`s, in turn for each sequence that still runs, for the thread that runs the engine.
+        `stop_ids`: by default this engine's. `drafting`: guess tokens from the text and verify several in one run,
+        which changes the speed and, beyond rounding, nothing else. Raises `UserError` when the prompt is empty or does
+        not fit; iterating raises `Cancelled`.
         """
-        if stop_ids is None:
-            stop_ids = {*self.tokenizer.end_ids, *self.tokenizer.fim.values()}
-        return Generation(
-            self._decoder, self._prefixes, self.tokenizer, prompt, sampling, cancel, n, stop_ids, drafting
-        )
+        stops = self.stop_ids if stop_ids is None else frozenset(stop_ids)
+        return self.submit(Request(prompt, sampling, cancel, n, stops, drafting=drafting))
+
+    def submit(self, request: Request, on_step: OnStep | None = None) -> Generation:
+        """See `Scheduler.submit`; from any thread, where `on_step` takes the steps."""
+        return self.scheduler.submit(request, on_step)
 
     def remember(self) -> None:
         """See `Decoder.remember`; between requests only."""
@@ -124,7 +141,7 @@ class Engine:
 
     def scoring(self, ids: Sequence[int], cancel: CancelToken, top: int = 0) -> Scoring:
         """See `Scoring`."""
-        return Scoring(self._decoder, self._prefixes, ids, cancel, top)
+        return Scoring(self._decoder, self.prefixes, ids, cancel, top)
 
     def score(self, ids: Sequence[int], cancel: CancelToken) -> list[float]:
         """Natural-log probability of each of `ids[1:]` given all tokens before it."""

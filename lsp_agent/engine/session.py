@@ -144,14 +144,14 @@ class Decoder:
         kept: int = 0,
     ) -> np.ndarray:
         """`run` without moving recurrent states on; of its positions the first `kept` can be replayed."""
-        batch, length = ids.shape
-        total = state.length + length
+        _, length = ids.shape
+        ends = np.array(state.lengths, np.int32) + length
         wanted = len(rows)
         if self._gpu and not wanted:
             rows = [0]  # an output without elements has no address on the GPU
         device = self.device
         inputs: dict[str, np.ndarray] = {  # the binding borrows these arrays, so they must outlive the run
-            "lengths": np.full(batch, total - 1, np.int32),
+            "lengths": ends - 1,
             "rows": np.asarray(rows, np.int64),
         }
         if self._replay is not None:
@@ -160,7 +160,7 @@ class Decoder:
         borrowed["embeddings"] = self._embed(ids)
         for name, array in borrowed.items():
             bind_input(device, binding, name, array)
-        binding.bind_cpu_input("total_length", np.array([total], np.int32))  # the kernels read it on the host
+        binding.bind_cpu_input("total_length", ends.max(keepdims=True))  # the kernels read it on the host
         logits = device.zeros((1, len(rows), self.config.vocabulary), self._element.name)
         bind_output(device, binding, "logits", logits)
         options = ort.RunOptions()

@@ -21,11 +21,12 @@ def name_of(case) -> str:
 def run_prompt(engine, splits=()):
     """Logits of every position of the golden prompt, read in pieces."""
     prompt = GOLDEN["prompt"]
-    cache = engine._prefixes.empty()
+    state = engine.prefixes.empty()
     logits = []
     for piece in np.split(prompt, splits):
-        logits.append(engine._decoder.run(piece[None], cache, range(len(piece))))
-        cache.extend(piece.tolist())
+        logits.append(engine._decoder.run(piece[None], state, range(len(piece))))
+        state.extend(piece.tolist())
+    engine.prefixes.release(state)
     return np.concatenate(logits)
 
 

@@ -1,0 +1,71 @@
+"""What runs cost, as measured: how long a piece of a prompt may be, and whether sequences should step together."""
+
+from __future__ import annotations
+
+import math
+
+DECAY = 0.9
+"""Weight of what was known at each new measurement."""
+RETRY = 256
+"""Steps after which a way of stepping that was slower is tried again: costs change with lengths and neighbours."""
+
+
+class PromptCosts:
+    """A run over a piece of a prompt costs `fixed + each * tokens` seconds: a decayed least-squares fit."""
+
+    def __init__(self) -> None:
+        self._sums = [0.0] * 5  # of weights, tokens, seconds, tokens squared, tokens times seconds
+
+    def note(self, tokens: int, seconds: float) -> None:
+        """Learn from a run."""
+        terms = (1.0, tokens, seconds, tokens * tokens, tokens * seconds)
+        self._sums = [DECAY * old + new for old, new in zip(self._sums, terms, strict=True)]
+
+    def tokens_for(self, seconds: float, least: int, most: int) -> int:
+        """Tokens that a run of about `seconds` reads, between `least` and `most`; at first `least`.
+
+        Where every run costs much, it may take longer: at least half of its time goes to tokens.
+        """
+        weight, x, y, xx, xy = self._sums
+        if not weight or not x:
+            return least
+        spread = weight * xx - x * x
+        each = (weight * xy - x * y) / spread if spread > 1e-6 * weight * xx else 0.0
+        if not 0 < each * x <= y:
+            each = y / x  # too few different lengths to tell
+        fixed = max(0.0, (y - each * x) / weight)
+        tokens = max((seconds - fixed) / each, fixed / each) if each > 0 else most
+        return int(max(least, min(most, tokens)))
+
+
+class StepCosts:
+    """Seconds of a step of 1, 2, … sequences together."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+        self._asked = 0
+
+    def note(self, sequences: int, seconds: float) -> None:
+        """Learn from a step; a single slow one (the first captures, allocates) counts little."""
+        known = self._seconds.get(sequences)
+        if known is None or known == math.inf:
+            self._seconds[sequences] = seconds
+        else:
+            self._seconds[sequences] = min(known + 0.2 * (seconds - known), 2 * known)
+
+    def together(self, sequences: int) -> bool:
+        """Whether that many sequences are best stepped in one run, not one after the other; tried where not known."""
+        self._asked += 1
+        one, all_ = self._seconds.get(1), self._seconds.get(sequences)
+        if one is None or all_ is None or self._asked % RETRY == 0:
+            return True
+        return all_ < sequences * one
+
+    def speed(self, sequences: int) -> float:
+        """Tokens that so many decode, as they are best stepped, in the time of one step alone."""
+        one, all_ = self._seconds.get(1), self._seconds.get(sequences)
+        return max(1.0, sequences * one / all_) if one and all_ else 1.0
+
+    def forbid(self, sequences: int) -> None:
+        """Step so many one after the other, for a while."""
+        self._seconds[sequences] = math.inf

@@ -1,0 +1,279 @@
+"""Continuous batching: the requests of all clients share one model, a bounded piece of work at a time.
+
+A request waits for a state, reads its prompt in pieces, and decodes; who decodes is stepped together with the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from lsp_agent.engine.costs import PromptCosts
+from lsp_agent.engine.decoding import Decoding
+from lsp_agent.engine.generation import Generation, Job, OnStep
+from lsp_agent.engine.gpu.errors import GpuLost, explain
+from lsp_agent.engine.policy import Policy
+from lsp_agent.engine.prefill import read_piece
+from lsp_agent.engine.prefix_cache import PrefixCache
+from lsp_agent.engine.request import Request
+from lsp_agent.engine.sampling import Logits
+from lsp_agent.engine.session import Decoder
+from lsp_agent.engine.stepping import Stepper
+from lsp_agent.engine.tokens import Tokenizer
+from lsp_agent.errors import Cancelled, PromptTooLong, UserError
+
+log = logging.getLogger(__name__)
+
+PIECE_S = 0.25
+"""Seconds of reading in one piece while others wait."""
+SHORTEST_PIECE = 8
+"""A piece is at least the device's chunk of a prompt divided by this."""
+QUANTUM_S = 4.0
+"""Time after which a state changes hands between requests of the same priority where there are too few."""
+
+
+class Scheduler:
+    """Serves requests; all but `submit`, `wake` and `status` is for one thread, the engine's."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prefixes: PrefixCache,
+        tokenizer: Tokenizer,
+        rows: int,
+        row_capacity: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`rows`: most sequences in one run, of at most `row_capacity` tokens each; `clock`: seconds."""
+        self._decoder, self._prefixes, self._tokenizer, self._clock = decoder, prefixes, tokenizer, clock
+        self.wake: Callable[[], None] = lambda: None
+        """Called by `submit`, on any thread: there is work."""
+        self.broken: GpuLost | None = None
+        """Why nothing can be served any more."""
+        self._submitted: deque[Job] = deque()
+        self._jobs: list[Job] = []
+        self._waiting: list[Decoding] = []  # for a state, or for more of their prompts to be read
+        self._decoding: list[Decoding] = []
+        self._policy, self._prompt_costs = Policy(), PromptCosts()
+        self._stepper = Stepper(decoder, rows, row_capacity, clock)
+
+    def submit(self, request: Request, on_step: OnStep | None = None) -> Generation:
+        """Take a request on; its steps go to `on_step`, or to whoever iterates over what is returned.
+
+        Raises `PromptTooLong` and `UserError` for what cannot be served.
+        """
+        context = self._prefixes.capacity
+        if self.broken is not None:
+            raise self.broken
+        if not request.prompt:
+            raise UserError("The prompt is empty; give the model something to read.")
+        length = len(request.prompt)
+        if length >= context:
+            raise PromptTooLong(f"The prompt has {length} tokens and the context holds {context}; shorten the prompt.")
+        limit = min(request.sampling.max_tokens, context - length)
+        job = Job(request, self._tokenizer, limit, self._clock(), on_step)
+        if limit > 0:
+            self._submitted.append(job)
+        else:
+            job.end()
+        self.wake()
+        return Generation(job, self)
+
+    def status(self) -> dict[str, Any]:
+        """How many answers are `running` (their prompts are read, or they decode) and `waiting`; also by client."""
+        held = {id(one) for one in [*self._decoding, *self._waiting] if one in self._decoding or one.state is not None}
+        clients: dict[str, dict[str, int]] = {}
+        for job in [*self._jobs, *self._submitted]:
+            counts = clients.setdefault(job.request.client, {"running": 0, "waiting": 0})
+            for one in job.decodings:
+                if not one.ended:
+                    counts["running" if id(one) in held else "waiting"] += 1
+        totals = {kind: sum(counts[kind] for counts in clients.values()) for kind in ("running", "waiting")}
+        return {**totals, "clients": clients}
+
+    def advance(self) -> bool:
+        """Do one bounded piece of work: of a prompt, or a step of all who decode. False when there is nothing to do."""
+        self._accept()
+        self.drop_unwanted()
+        now = self._clock()
+        for reader in self._policy.order(self._waiting, now):
+            if not self._policy.reads_first(reader, self._decoding, now):
+                break
+            if reader.state is not None or self._take_state(reader, now):
+                self._guarded(reader, self._read)
+                return True
+        if self._decoding:
+            self._step()
+            return True
+        return False
+
+    def drop_unwanted(self) -> None:
+        """End what was cancelled or finished by those who asked."""
+        for job in list(self._jobs):
+            if job.unwanted:
+                self._drop(job, Cancelled())
+            elif any(one.unwanted and not one.ended for one in job.decodings):
+                for one in job.decodings:
+                    if one.unwanted and not one.ended:
+                        one.ended = True
+                        self._retire(one)
+                self._end_if_done(job)
+
+    def _accept(self) -> None:
+        while self._submitted:
+            job = self._submitted.popleft()
+            self._jobs.append(job)
+            self._waiting.append(job.decodings[0])  # the others follow when the prompt is read
+
+    # States
+
+    def _take_state(self, one: Decoding, now: float) -> bool:
+        """Give it a state, somebody else's if need be."""
+        request = one.job.request
+        state = self._prefixes.take(one.ids, request.boundaries)
+        while state is None:
+            if not self._free_state(one, now):
+                return False
+            state = self._prefixes.take(one.ids, request.boundaries)
+        one.state, one.held_since = state, now
+        if not one.drawn:
+            one.job.timings.queued_s = now - one.job.arrived
+            one.job.timings.cached_tokens = state.length
+        return True
+
+    def _free_state(self, waiting: Decoding, now: float) -> bool:
+        """Take a state from somebody: who can go on in a row loses nothing, others wait with what they have drawn."""
+        for one in self._decoding:
+            if one.state is not None and self._stepper.to_row(one):
+                self._release(one)
+                return True
+        holders = [one for one in (*self._decoding, *self._waiting) if one.state is not None]
+        victim = self._policy.victim(holders, waiting, now, QUANTUM_S)
+        if victim is None:
+            return False
+        if victim in self._decoding:
+            self._decoding.remove(victim)
+            self._waiting.append(victim)
+            self._stepper.leave(victim)
+            victim.progressed = now
+        self._release(victim)
+        return True
+
+    def _release(self, one: Decoding) -> None:
+        if one.state is not None:
+            self._prefixes.release(one.state)
+            one.state = None
+
+    # Reading
+
+    def _piece(self, reader: Decoding) -> int:
+        """Most tokens of its prompt to read now."""
+        most = self._decoder.prefill_chunk
+        if len(self._jobs) == 1 and reader.job.on_step is None:
+            return most
+        return self._prompt_costs.tokens_for(PIECE_S, max(1, most // SHORTEST_PIECE), most)
+
+    def _read(self, reader: Decoding) -> None:
+        job, state, started = reader.job, reader.state, self._clock()
+        assert state is not None
+        before = state.length
+        first = not reader.drawn
+        ids = reader.ids[before:] if first else reader.ids[before:-1]
+        logits = None
+        if ids:
+            logits = read_piece(self._decoder, state, ids, self._piece(reader), job.request.cancel, want_logits=first)
+        now = self._clock()
+        job.timings.prefill_s += now - started
+        if state.length - before > 1:
+            self._prompt_costs.note(state.length - before, now - started)
+        self._policy.note_read(reader, self._decoding, now - started, now)
+        if logits is not None:
+            self._waiting.remove(reader)
+            self._begin_answers(job, logits)
+        elif not first and state.length == len(reader.ids) - 1:
+            self._waiting.remove(reader)
+            self._decoding.append(reader)
+
+    def _begin_answers(self, job: Job, logits: Logits) -> None:
+        """Draw the first token of each answer from what the model says after the prompt."""
+        started = self._clock()
+        reader = job.decodings[0]
+        state = reader.state
+        assert state is not None
+        for one in job.decodings:
+            if not one.ended:
+                job.give(one.draw(logits))
+                if not one.ended and one is not reader:
+                    # Rows are copied from the one state now; those without wait for a state of their own.
+                    (self._decoding if self._stepper.fork(one, state) else self._waiting).append(one)
+        job.timings.decode_s += self._clock() - started
+        if reader.ended:
+            self._retire(reader)
+        else:
+            self._decoding.insert(0, reader)
+        self._end_if_done(job)
+
+    # Decoding
+
+    def _step(self) -> None:
+        started, decoding = self._clock(), list(self._decoding)
+        for one, error in self._stepper.step(decoding, lambda one, step: one.job.give(step)):
+            self._fail(one, error)
+        now = self._clock()
+        self._policy.note_steps(decoding, now - started, now)
+        for one in decoding:
+            if one.ended and not one.job.ended:
+                self._retire(one)
+        for job in {id(one.job): one.job for one in decoding}.values():
+            job.timings.decode_s += now - started
+            self._end_if_done(job)
+
+    # Ends
+
+    def _guarded(self, one: Decoding, work: Callable[[Decoding], None]) -> None:
+        try:
+            work(one)
+        except Exception as error:
+            self._fail(one, error)
+
+    def _fail(self, one: Decoding, error: Exception) -> None:
+        """One request's error is its own, unless the GPU was lost."""
+        sentence = explain(error)
+        if sentence is not None:
+            sentence.__cause__ = error
+        if isinstance(sentence, GpuLost):
+            self.broken = sentence
+            for job in list(self._jobs):
+                self._drop(job, sentence)
+        else:
+            self._drop(one.job, sentence or error)
+
+    def _drop(self, job: Job, error: Exception) -> None:
+        for one in job.decodings:
+            self._retire(one)
+        self._end(job, error)
+
+    def _retire(self, one: Decoding) -> None:
+        """Give back what an answer held; what it read is remembered."""
+        one.ended = True
+        if one.state is None and (held := self._stepper.row_state(one)) is not None:
+            self._prefixes.keep(held)
+        self._stepper.leave(one)
+        self._release(one)
+        for queue in (self._waiting, self._decoding):
+            if one in queue:
+                queue.remove(one)
+        if not self._decoding:
+            self._stepper.rest()
+
+    def _end_if_done(self, job: Job) -> None:
+        if all(one.ended for one in job.decodings):
+            self._end(job)
+
+    def _end(self, job: Job, error: Exception | None = None) -> None:
+        if job in self._jobs:
+            self._jobs.remove(job)
+        job.end(error)

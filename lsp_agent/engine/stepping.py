@@ -1,0 +1,221 @@
+"""Steps of all who decode: together where that is faster, alone where a long guess is to be verified."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+from lsp_agent.engine.batch import Batch, Row
+from lsp_agent.engine.costs import StepCosts
+from lsp_agent.engine.decoding import Decoding
+from lsp_agent.engine.request import Step
+from lsp_agent.engine.run_costs import RunCosts
+from lsp_agent.engine.session import Decoder
+from lsp_agent.engine.state import State
+
+log = logging.getLogger(__name__)
+
+RIGHT = 0.8
+"""Share of a proposed guess that is expected to be right, where its cost is compared with that of steps together."""
+
+Emit = Callable[[Decoding, Step], None]
+
+
+class Stepper:
+    """Moves decodings on by at least one token each. Their tokens lie in states of their own, in rows, or in both."""
+
+    def __init__(self, decoder: Decoder, rows: int, row_capacity: int, clock: Callable[[], float]) -> None:
+        """`rows`: most sequences in one run, none of which may have more than `row_capacity` tokens."""
+        self._decoder, self._rows, self._row_capacity, self._clock = decoder, rows, row_capacity, clock
+        self._batch: Batch[Decoding] | None = None
+        self._costs, self.run_costs = StepCosts(), RunCosts()
+
+    def step(self, decoding: Sequence[Decoding], emit: Emit) -> Iterator[tuple[Decoding, Exception]]:
+        """A round: each draws one token, or as many as it had guessed right. Yields who failed, and why."""
+        if len(decoding) == 1 and decoding[0].state is not None:
+            yield from self._guarded(decoding[0], self._alone, emit)
+            return
+        drafts = {id(one): self._draft(one, len(decoding)) for one in decoding}
+        together = [one for one in decoding if not drafts[id(one)]]
+        rows = self._take_rows(together)
+        for one in decoding:
+            if drafts[id(one)]:
+                yield from self._guarded(one, lambda one, emit: self._verify(one, drafts[id(one)], emit), emit)
+            elif id(one) not in rows:
+                yield from self._guarded(one, self._single, emit)
+        if rows:
+            yield from self._together([one for one in together if id(one) in rows], list(rows.values()), emit)
+
+    def in_row(self, one: Decoding) -> bool:
+        """Whether a row holds its tokens."""
+        return self._row(one) is not None
+
+    def to_row(self, one: Decoding) -> bool:
+        """Let a row hold its tokens, all of them, so that it can do without its state; False where there is no room."""
+        return self._join(one, one.state) is not None
+
+    def fork(self, one: Decoding, source: State) -> bool:
+        """Let a row hold what `source` has read for a decoding that has no state; False where there is no room."""
+        return self._join(one, source) is not None
+
+    def sync(self, one: Decoding) -> None:
+        """Let its own state hold all its tokens."""
+        row = self._row(one)
+        if row is not None and one.state is not None and self._batch is not None:
+            self._batch.copy_back(row, one.ids, one.state)
+
+    def leave(self, one: Decoding) -> None:
+        """Free its row, if it has one; what its own state lacks is copied there first."""
+        row = self._row(one)
+        if row is None or self._batch is None:
+            return
+        self.sync(one)
+        self._batch.leave(row)
+
+    def row_state(self, one: Decoding) -> State | None:
+        """What its row holds, as a state to be read from; None without a row."""
+        row = self._row(one)
+        if row is None or self._batch is None:
+            return None
+        return self._batch.view(row, one.ids)
+
+    def rest(self) -> None:
+        """Give back the memory that nobody needs while nobody decodes."""
+        if self._batch is not None and not self._batch.rows and self._decoder.device.name == "cpu":
+            self._batch = None
+
+    def _row(self, one: Decoding) -> Row[Decoding] | None:
+        return self._batch.find(one) if self._batch is not None else None
+
+    def _guarded(
+        self, one: Decoding, work: Callable[[Decoding, Emit], None], emit: Emit
+    ) -> Iterator[tuple[Decoding, Exception]]:
+        try:
+            work(one, emit)
+        except Exception as error:
+            yield one, error
+
+    def _alone(self, one: Decoding, emit: Emit) -> None:
+        """The only one that decodes."""
+        self.sync(one)
+        draft = one.propose(self._decoder.most_verified - 1, self.run_costs)
+        if draft:
+            self._verify(one, draft, emit)
+        else:
+            self._single(one, emit)
+
+    def _single(self, one: Decoding, emit: Emit) -> None:
+        """A step in its own state."""
+        self.sync(one)
+        state = one.state
+        assert state is not None
+        started = self._clock()
+        (logits,) = self._decoder.step(one.ids[-1:], state)
+        seconds = self._clock() - started
+        self.run_costs.note(1, seconds)
+        self._costs.note(1, seconds)
+        state.extend(one.ids[-1:])
+        emit(one, one.draw(logits))
+
+    def _verify(self, one: Decoding, draft: list[int], emit: Emit) -> None:
+        """A run over the last token and guesses after it; draws from the model's own logits decide them."""
+        self.sync(one)
+        state, timings = one.state, one.job.timings
+        assert state is not None
+        started = self._clock()
+        verified = self._decoder.verify([one.ids[-1], *draft], state)
+        self.run_costs.note(1 + len(draft), self._clock() - started)
+        accepted = 0
+        try:
+            for logits, guess in zip(verified.logits, [*draft, None], strict=True):
+                step = one.draw(logits)
+                emit(one, step)
+                right = step.token == guess
+                accepted += right
+                if not right or one.ended:
+                    break
+        finally:
+            verified.accept(1 + accepted)
+        timings.drafted_tokens += len(draft)
+        timings.accepted_tokens += accepted
+
+    def _draft(self, one: Decoding, others: int) -> list[int]:
+        """Guesses that are worth a run of their own although others step together."""
+        if one.state is None:
+            return []
+        draft = one.propose(self._decoder.most_verified - 1, self.run_costs)
+        if not draft:
+            return []
+        speed = (1 + RIGHT * len(draft)) / self.run_costs.of(1 + len(draft))
+        return draft if speed > self._costs.speed(others) else []
+
+    def _take_rows(self, together: Sequence[Decoding]) -> dict[int, Row[Decoding]]:
+        """Rows for those who are to step in one run, by their ids; without for those who step alone."""
+        rows = {}
+        for one in together:
+            if one.state is None and (row := self._row(one)) is not None:
+                rows[id(one)] = row  # it has nothing else
+        fitting = [one for one in together if len(one.ids) < self._row_capacity]
+        count = min(len(fitting), self._rows)
+        if (count < 2 or not self._costs.together(count)) and not rows:
+            return {}
+        for one in fitting:
+            if id(one) not in rows and (row := self._join(one, one.state)) is not None:
+                rows[id(one)] = row
+        return rows
+
+    def _join(self, one: Decoding, source: State | None) -> Row[Decoding] | None:
+        if self._row_capacity <= len(one.ids) or self._rows < 2:
+            return None
+        row = self._row(one)
+        if row is not None and (source is None or (row.fresh and row.length >= source.length)):
+            return row
+        if source is None:
+            return None
+        try:
+            if self._batch is None:
+                decoder = self._decoder
+                self._batch = Batch(decoder.states, self._row_capacity, self._rows, decoder.device)
+            if row is None and len(self._batch.rows) >= self._rows and not self._make_room():
+                return None
+            return self._batch.join(one, source)
+        except MemoryError:
+            log.warning("There is no memory to decode several answers in one run; they take turns.")
+            self._rows, self._batch = 1, None
+            return None
+
+    def _make_room(self) -> bool:
+        """Free a row whose owner has a state of its own and does not step with the others now."""
+        assert self._batch is not None
+        for row in self._batch.rows:
+            if row.owner.state is not None and not row.fresh:
+                self.leave(row.owner)
+                return True
+        return False
+
+    def _together(
+        self, decoding: Sequence[Decoding], rows: Sequence[Row[Decoding]], emit: Emit
+    ) -> Iterator[tuple[Decoding, Exception]]:
+        batch = self._batch
+        assert batch is not None
+        taken = batch.prepare(rows)
+        started = self._clock()
+        try:
+            logits = self._decoder.step([row.owner.ids[-1] for row in taken], batch)
+        except Exception as error:
+            yield from self._failed(decoding, error)
+            return
+        self._costs.note(len(taken), self._clock() - started)
+        stepping = {id(one) for one in decoding}
+        for row, said in zip(taken, logits, strict=True):
+            if id(row.owner) in stepping:
+                row.length += 1
+                yield from self._guarded(row.owner, lambda one, emit, said=said: emit(one, one.draw(said)), emit)
+
+    def _failed(self, decoding: Sequence[Decoding], error: Exception) -> Iterator[tuple[Decoding, Exception]]:
+        """A run of several failed: who has a state of its own goes on alone, since it may not have been the cause."""
+        log.warning("A run of %d answers failed: %s", len(decoding), error)
+        self._costs.forbid(len(decoding))
+        for one in decoding:
+            if one.state is None:
+                yield one, error

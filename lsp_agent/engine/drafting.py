@@ -1,106 +1,26 @@
-"""Guessing the next tokens by copying, so that one run can verify several (prompt lookup, Saxena 2023; Yang et al.,
-2023, Inference with Reference).
+"""Guessing the next tokens by copying, so that one run can verify several (prompt lookup, Saxena 2023; Inference with
+Reference, Yang et al., 2023).
 
 Code repeats itself, and an agent's answer is often a file that it was given, with an edit. Guesses come from the text
-that the answer is said to resemble (`prediction`), from the prompt and from the answer itself. A cursor follows the
-place that is being copied; where the answer departs from it, it waits for the answer to come back.
+that the answer is said to resemble (`prediction`), from the prompt and from the answer itself.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
+from lsp_agent.engine.copying import Acceptance, Copying, Finding, Text
 from lsp_agent.engine.run_costs import RunCosts
 
-NGRAM = 3
-"""Tokens by which a place is found anywhere."""
-NEARBY_NGRAM = 2
-"""Tokens by which a place is found again near the one where the answer departed."""
-NEARBY = 256
-PLACES = 16
-"""Places that are compared for one n-gram."""
+FOUND = (0.05, 0.1, 0.2, 0.4, 0.5, 0.65, 0.8, 0.9, 0.95)
+COPIED = (0.1, 0.4, 0.5, 0.7, 0.85, 0.9, 0.95, 0.97, 0.98)
+"""Acceptance before anything is known, of places found anywhere and of the one that is copied."""
 CONFIDENT = 8
-"""Matching tokens that make a place the one that is being copied."""
-HOPELESS = 0.02
-"""Chance of a guess that is not worth thinking about."""
+"""Matching tokens that make a place the one that is copied."""
 GAIN = 1.05
 """Expected speed-up below which nothing is guessed."""
-
-MATCHES = (0, 1, 2, 3, 4, 6, 9, 16, 32)
-"""Least matching tokens of each class whose acceptance is learnt."""
-FOUND_PRIOR = (0.05, 0.1, 0.2, 0.4, 0.5, 0.65, 0.8, 0.9, 0.95)
-COPIED_PRIOR = (0.3, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.98)
-"""Acceptance in each class before anything is known: of places found anywhere, and of the one that is copied."""
-TRUST = 4.0
-"""Observations that count as much as the prior."""
-FORGET = 0.96
-_CLASSES = [max(i for i, least in enumerate(MATCHES) if least <= matched) for matched in range(MATCHES[-1] + 1)]
-
-
-class _Text:
-    """Tokens and where each n-gram in them ends."""
-
-    def __init__(self, tokens: Sequence[int]) -> None:
-        self.tokens = list(tokens)
-        self._places: defaultdict[tuple[int, int, int], list[int]] = defaultdict(list)
-        self._indexed = NGRAM
-
-    def after(self, recent: Sequence[int], anchor: int | None) -> Iterable[int]:
-        """Places that follow the latest n-gram of `recent`, best first: those from `anchor` on, or the last ones."""
-        tokens, start, end = self.tokens, self._indexed - NGRAM, len(self.tokens) - 1
-        grams = zip(tokens[start:end], tokens[start + 1 : end], tokens[start + 2 : end], strict=False)
-        for place, gram in enumerate(grams, self._indexed):  # what ends at the very end is followed by nothing yet
-            self._places[gram].append(place)
-        self._indexed = max(self._indexed, end + 1)
-        if len(recent) < NGRAM:
-            return []
-        places = self._places.get((recent[-3], recent[-2], recent[-1]), [])
-        if anchor is None:
-            return reversed(places[-PLACES:])
-        middle = bisect_left(places, anchor)
-        return [*places[middle : middle + PLACES], *places[max(middle - PLACES, 0) : middle]]
-
-    def matched(self, place: int, recent: Sequence[int]) -> int:
-        """How many tokens before `place` are the latest of `recent`, as far as it matters."""
-        most = min(place, len(recent), MATCHES[-1])
-        for count in range(most):
-            if self.tokens[place - 1 - count] != recent[-1 - count]:
-                return count
-        return most
-
-
-class _Cursor(NamedTuple):
-    """The next token is guessed to be the one at `place`, before which `matched` tokens were right."""
-
-    text: _Text
-    place: int
-    matched: int
-
-    @property
-    def guess(self) -> int | None:
-        """None at the end of the text."""
-        return self.text.tokens[self.place] if self.place < len(self.text.tokens) else None
-
-
-class _Acceptance:
-    """How often guesses prove right, by the length of the match before them."""
-
-    def __init__(self, prior: Sequence[float]) -> None:
-        self._right = [TRUST * probability for probability in prior]
-        self._count = [TRUST] * len(prior)
-        self._prior = prior
-
-    def learn(self, matched: int, right: bool) -> None:
-        kind = _CLASSES[min(matched, MATCHES[-1])]
-        self._right[kind] = FORGET * self._right[kind] + (1 - FORGET) * TRUST * self._prior[kind] + right
-        self._count[kind] = FORGET * self._count[kind] + (1 - FORGET) * TRUST + 1
-
-    def of(self, matched: int) -> float:
-        kind = _CLASSES[min(matched, MATCHES[-1])]
-        return self._right[kind] / self._count[kind]
+HOPELESS = 0.02
+"""Chance of a guess that is not worth thinking about."""
 
 
 class CopyDrafter:
@@ -113,73 +33,55 @@ class CopyDrafter:
     def __init__(self, prompt: Sequence[int], prediction: Sequence[int] = (), costs: RunCosts | None = None) -> None:
         """`costs` of the decoder's runs are shared by all who draft for it."""
         self._costs = costs or RunCosts()
-        self._history = _Text(prompt)
-        self._prediction = _Text(prediction) if prediction else None
-        self._copied: _Cursor | None = _Cursor(self._prediction, 0, 0) if self._prediction else None
-        self._anchor = 0  # where the answer departed from the place that is copied, or that place
+        self._history = Text(prompt)
+        self._texts = [Text(prediction), self._history] if prediction else [self._history]
+        self._found_acceptance, self._copied_acceptance = Acceptance(FOUND), Acceptance(COPIED)
+        self._copied: Copying | None = None
+        if prediction:  # As if a token had matched: an answer that resembles the prediction often begins with it.
+            self._copied = Copying(self._texts[0], 0, 1, self._copied_acceptance)
         self._found = self._search()
-        self._copying, self._finding = _Acceptance(COPIED_PRIOR), _Acceptance(FOUND_PRIOR)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Take note of tokens that were decoded."""
+        written = self._history.tokens
         for token in tokens:
-            for cursor, acceptance in ((self._copied, self._copying), (self._found, self._finding)):
-                if cursor is not None and cursor.guess is not None:
-                    acceptance.learn(cursor.matched, cursor.guess == token)
-            self._history.tokens.append(token)
-            self._copied = self._follow(token)
-            found = self._found
-            right = found is not None and found.guess == token
-            self._found = _moved(found) if found is not None and right else self._search()
+            followed = self._found is not None and self._found.follow(token)
+            written.append(token)
+            if self._copied is not None:
+                self._copied.follow(token, written)
+            if not followed:
+                self._found = self._search()
             self._promote()
 
     def propose(self, limit: int) -> list[int]:
         """Up to `limit` tokens that may come next, as many as make decoding fastest; often none."""
-        best, draft = GAIN, []
-        for cursor, acceptance in ((self._copied, self._copying), (self._found, self._finding)):
+        best, draft = GAIN, list[int]()
+        for cursor in (self._copied, self._found):
             if cursor is None:
                 continue
-            rest = cursor.text.tokens[cursor.place : cursor.place + limit]
-            alive, expected = 1.0, 1.0
-            for count in range(1, len(rest) + 1):
-                alive *= acceptance.of(cursor.matched + count - 1)
+            tokens, alive, expected = list[int](), 1.0, 1.0
+            for token, chance in cursor.ahead(limit):
+                alive *= chance
                 if alive < HOPELESS:
                     break
+                tokens.append(token)
                 expected += alive
-                if (speed := expected / self._costs.of(1 + count)) > best:
-                    best, draft = speed, rest[:count]
+                if (speed := expected / self._costs.of(1 + len(tokens))) > best:
+                    best, draft = speed, tokens[:]
         return draft
 
-    def _follow(self, token: int) -> _Cursor | None:
-        """The cursor of what is being copied after `token`."""
-        cursor = self._copied
-        if cursor is None:
-            return None
-        replaced = _Cursor(cursor.text, cursor.place + 1, 0)  # perhaps one token was replaced by another
-        cursor = _moved(cursor) if cursor.guess == token else replaced
-        if cursor.matched >= NEARBY_NGRAM:
-            self._anchor = cursor.place
-            return cursor
-        tokens, recent = cursor.text.tokens, self._history.tokens
-        for place in range(max(self._anchor, NEARBY_NGRAM), min(self._anchor + NEARBY, len(tokens))):
-            if tokens[place - 1] == recent[-1] and tokens[place - 2] == recent[-2]:
-                return _Cursor(cursor.text, place, cursor.text.matched(place, recent))
-        return cursor
-
-    def _search(self) -> _Cursor | None:
+    def _search(self) -> Finding | None:
         """The place anywhere that matches longest, the prediction's first."""
-        if self._copied is not None and self._copied.matched >= CONFIDENT:
+        copied, recent = self._copied, self._history.tokens
+        if copied is not None and copied.matched >= CONFIDENT:
             return None
-        best: _Cursor | None = None
-        recent = self._history.tokens
-        for text in (self._prediction, self._history):
-            if text is None:
-                continue
-            anchor = self._anchor if self._copied is not None and self._copied.text is text else None
+        best: Finding | None = None
+        for text in self._texts:
+            anchor = copied.anchor if copied is not None and copied.text is text else None
             for place in text.after(recent, anchor):
                 matched = text.matched(place, recent)
                 if best is None or matched > best.matched:
-                    best = _Cursor(text, place, matched)
+                    best = Finding(text, place, matched, self._found_acceptance)
         return best
 
     def _promote(self) -> None:
@@ -187,11 +89,11 @@ class CopyDrafter:
         found, copied = self._found, self._copied
         if found is None or found.matched < CONFIDENT or (copied is not None and copied.matched >= found.matched):
             return
-        self._copied, self._anchor, self._found = found, found.place, None
-
-
-def _moved(cursor: _Cursor) -> _Cursor:
-    return _Cursor(cursor.text, cursor.place + 1, cursor.matched + 1)
+        if copied is None:
+            self._copied = Copying(found.text, found.place, found.matched, self._copied_acceptance)
+        else:
+            copied.jump(found.text, found.place, found.matched)
+        self._found = None
 
 
 class PromptLookup:

@@ -10,8 +10,10 @@ STEPS = 5
 FRESH = 16
 """Runs after which the latest steps say nothing any more."""
 FORGET = 0.98
-PRIOR = ((2, 1.3), (4, 1.7), (16, 4.0))
-"""Tokens and cost before anything is known, each as good as one observation (CPU, 0.5B and 1.5B models)."""
+FIRST, EACH = 0.1, 0.2
+"""Cost of a run at all and of each further token before anything is known (CPU, 0.5B and 1.5B models)."""
+CERTAINTY = 3.0
+"""How many observations of either that is worth."""
 TRUST = 4.0
 """Observations of one number of tokens that count as much as the line through all."""
 
@@ -40,7 +42,9 @@ class RunCosts:
         # A first run of its size may make what later ones need.
         cost = min(seconds / median(self._steps), 2 * self.of(tokens))
         x, y = tokens - 1, cost - 1
-        self._sums = [FORGET * old + new for old, new in zip(self._sums, (1, x, x * x, y, x * y), strict=True)]
+        # Weighted by 1 / x^2: long runs vary by more.
+        terms = (1 / x**2, 1 / x, 1, y / x**2, y / x)
+        self._sums = [FORGET * old + new for old, new in zip(self._sums, terms, strict=True)]
         count, total = self._seen.get(tokens, (0.0, 0.0))
         self._seen[tokens] = count * FORGET + 1, total * FORGET + cost
         self._line = self._fit()
@@ -59,10 +63,8 @@ class RunCosts:
         return known
 
     def _fit(self) -> tuple[float, float]:
-        """Least squares of what was seen and the prior: the cost of a run at all, and of each further token."""
+        """Least squares over what was seen, drawn towards what is known before (ridge regression)."""
         n, x1, x2, y1, xy = self._sums
-        for tokens, cost in PRIOR:
-            x, y = tokens - 1, cost - 1
-            n, x1, x2, y1, xy = n + 1, x1 + x, x2 + x * x, y1 + y, xy + x * y
+        n, x2, y1, xy = n + CERTAINTY, x2 + CERTAINTY, y1 + CERTAINTY * FIRST, xy + CERTAINTY * EACH
         slope = max((n * xy - x1 * y1) / (n * x2 - x1 * x1), 0.0)
         return max((y1 - slope * x1) / n, 0.0), slope

@@ -199,7 +199,7 @@ def _read(path: Path) -> dict[str, Any]:
     for name in NOT_FROM_WORKSPACE & values.keys():
         raise UserError(
             f"{path.name} may not set {name!r}, because it comes with the code it would guard against; "
-            f"set it in your editor or as LSP_AGENT_{name.upper()}.",
+            f"set it in your editor or as LSP_AGENT_{name.upper()}{'__URL' if name == 'backend' else ''}.",
             ExitCode.USAGE,
         )
     model = values.get("model")

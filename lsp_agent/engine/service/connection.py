@@ -176,10 +176,14 @@ class Connection:
         """On the loop only. A client for each place; of a place that moved, the old one is left to its requests."""
         key = address.url, address.socket
         if key not in self._clients:
+            verify = address.url.startswith("https:")  # otherwise there is nothing to load certificates for
             transport = None
             if address.socket or address.direct:  # a client with a transport of its own heeds no proxy
-                transport = httpx.AsyncHTTPTransport(uds=str(address.socket) if address.socket else None)
-            self._clients[key] = httpx.AsyncClient(transport=transport, timeout=self._timeout, follow_redirects=False)
+                socket = str(address.socket) if address.socket else None
+                transport = httpx.AsyncHTTPTransport(verify=verify, uds=socket)
+            self._clients[key] = httpx.AsyncClient(
+                transport=transport, verify=verify, timeout=self._timeout, follow_redirects=False
+            )
         return self._clients[key]
 
     async def _exchange(

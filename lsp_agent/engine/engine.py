@@ -24,7 +24,7 @@ from lsp_agent.engine.request import Request
 from lsp_agent.engine.scheduler import Scheduler
 from lsp_agent.engine.scoring import Scoring
 from lsp_agent.engine.session import Decoder
-from lsp_agent.engine.tokens import Tokenizer
+from lsp_agent.engine.tokens import ChatPrompt, Tokenizer
 from lsp_agent.errors import UserError
 from lsp_agent.machine import default_threads, usable_memory
 
@@ -135,8 +135,8 @@ class Engine:
         """Token ids that ask for what belongs between `prefix` and `suffix`."""
         return self.tokenizer.infill(prefix, suffix)
 
-    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> list[int]:
-        """Token ids of a conversation that the assistant continues, perhaps by calling one of `tools`."""
+    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> ChatPrompt:
+        """Tokens of a conversation that the assistant continues, perhaps by calling one of `tools`."""
         return self.tokenizer.chat(messages, tools)
 
     def scoring(self, ids: Sequence[int], cancel: CancelToken, top: int = 0) -> Scoring:

@@ -1,14 +1,15 @@
 // Attention of one new token for each sequence over its cached keys and values, and the new token's own; or of ROWS
 // consecutive ones, whose keys and values append_tokens has put into the caches before.
 //
-// Flash-decoding: grid SPLITS x (KV_HEADS * PARTS) x (BATCH * ROWS). A block reads a stretch of one head's keys and values once,
-// for PART of the query heads that share it (Dao et al., 2023; Milakov and Gimelshein, 2018, for the softmax as it
-// goes); the last block of those heads puts the stretches together. A warp takes TOKENS tokens at a time, on the tensor
-// cores: scores are queries (16 rows, PART of them used) times keys, sums are values transposed times weights.
+// Flash-decoding: grid SPLITS x (KV_HEADS * PARTS) x (BATCH * ROWS). A block reads a stretch of one head's keys and
+// values once, for PART of the query heads that share it (Dao et al., 2023; Milakov and Gimelshein, 2018, for the
+// softmax as it goes); the last block of those heads puts the stretches together. A warp takes TOKENS tokens at a time,
+// on the tensor cores: scores are queries (16 rows, PART of them used) times keys, sums are values transposed times
+// weights.
 //
-// Macros: BATCH, ROWS, KV_HEADS, GROUP (query heads for each of them), HEAD, ROTARY, GATE (0 or 1: a gate follows each query
-// in p), QK_NORM (0 or 1), EPSILON, P_STRIDE, PARTS (blocks that share a key head's GROUP), SPLITS, LEAST (tokens of a
-// split, at least), THREADS.
+// Macros: BATCH, ROWS, KV_HEADS, GROUP (query heads for each of them), HEAD, ROTARY, GATE (0 or 1: a gate follows each
+// query in p), QK_NORM (0 or 1), EPSILON, P_STRIDE, PARTS (blocks that share a key head's GROUP), SPLITS,
+// LEAST (tokens of a split, at least), THREADS.
 
 #include "common.cuh"
 #include "tensor_cores.cuh"

@@ -1,13 +1,13 @@
 // One token of Gated DeltaNet for each sequence: causal convolution, unit length, gates, and the delta rule; or ROWS
-// consecutive ones, one after another, of which the first control[3] count: the state after each of them goes to a place
-// of its own in the rings.
+// consecutive ones, one after another, of which the first control[3] count: the state after each of them goes to a
+// place of its own in the rings.
 //
 // Grid: SPLITS x VALUE_HEADS x BATCH. A block owns VALUE_SIZE / SPLITS rows of a value head's state and convolves what
 // they need: the key head's q and k again in each of its blocks, its own rows of v alone. ROW_LANES threads share a
 // row.
 //
-// Macros: BATCH, ROWS, KEY_HEADS, VALUE_HEADS, KEY_SIZE, VALUE_SIZE, CONV (the convolution's length), P_STRIDE, GATES (where
-// in p the gates of the first key head are), SPLITS, ROW_LANES, THREADS.
+// Macros: BATCH, ROWS, KEY_HEADS, VALUE_HEADS, KEY_SIZE, VALUE_SIZE, CONV (the convolution's length), P_STRIDE, GATES
+// (where in p the gates of the first key head are), SPLITS, ROW_LANES, THREADS.
 // The rings of more than one row have more than ROWS places.
 
 #include "common.cuh"
@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         beta_logit[r] = load_now(gates + r * P_STRIDE);
         step[r] = load_now(gates + r * P_STRIDE + SERVED) + offset;
     }
-    __shared__ __align__(16) float convolved[ROWS][CONVOLVED];
+    __shared__ __align__(16) float convolved[ROWS][(CONVOLVED + 3) / 4 * 4]; // loaded as float4
     float newest[ROWS][EACH];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {

@@ -1,8 +1,9 @@
-// Router logits from a table instead of the router's own, to measure with routing that is known. Grid: a block for each token.
+// Router logits from a table instead of the router's own, to measure with routing that is known. Grid: a block for each
+// token.
 //
-// Macros: ROWS (tokens of a sequence), EXPERTS, R_STRIDE, TOKENS (rows of the trace), APART (by how many rows sequences of a batch differ),
-// THREADS. in r f32 [tokens, R_STRIDE], lengths i32 [tokens] (the new token's index); out the same as r, but for its first
-// EXPERTS columns; ptr trace f32 [TOKENS, EXPERTS].
+// Macros: ROWS (tokens of a sequence), EXPERTS, R_STRIDE, TOKENS (rows of the trace), APART (by how many rows
+// sequences of a batch differ), THREADS. in r f32 [tokens, R_STRIDE], lengths i32 [tokens] (the new token's
+// index); out the same as r, but for its first EXPERTS columns; ptr trace f32 [TOKENS, EXPERTS].
 
 #include "common.cuh"
 

@@ -53,9 +53,12 @@ class CopyDrafter:
                 self._found = self._search()
             self._promote()
 
-    def propose(self, limit: int) -> list[int]:
-        """Up to `limit` tokens that may come next, as many as make decoding fastest; often none."""
-        best, draft = GAIN, list[int]()
+    def propose(self, limit: int, least: float = GAIN) -> list[int]:
+        """Up to `limit` tokens that may come next, as many as make decoding fastest; often none.
+
+        `least`: none either unless that is expected to be so many times as fast as one token at a time.
+        """
+        best, draft = least, list[int]()
         for cursor in (self._copied, self._found):
             if cursor is None:
                 continue

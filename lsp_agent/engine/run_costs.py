@@ -12,7 +12,7 @@ FRESH = 16
 FORGET = 0.98
 FIRST, EACH = 0.1, 0.2
 """Cost of a run at all and of each further token before anything is known (CPU, 0.5B and 1.5B models)."""
-CERTAINTY = 3.0
+CERTAINTY = 2.0
 """How many observations of either that is worth."""
 TRUST = 4.0
 """Observations of one number of tokens that count as much as the line through all."""

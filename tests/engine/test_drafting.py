@@ -146,13 +146,19 @@ def test_what_a_run_costs_decides():
     assert Simulation(SOURCE, SOURCE, costs=gpu).speed > 2.5
 
 
+def test_a_guess_must_beat_what_else_could_be_done():
+    drafter = CopyDrafter(SOURCE)
+    drafter.extend(SOURCE[:40])
+    assert drafter.propose(31, least=2.5) and not drafter.propose(31, least=10)
+
+
 def test_costs_are_learnt_for_all_who_draft():
     costs = RunCosts()
     for _ in range(10):
         for tokens in (1, 2, 4):
             costs.note(tokens, 0.01 * tokens)
     assert costs.of(1) == 1
-    assert costs.of(4) == pytest.approx(4, abs=0.3) and costs.of(8) == pytest.approx(8, abs=1.8)
+    assert costs.of(4) == pytest.approx(4, abs=0.2) and 6 < costs.of(8) < 9
     drafter = CopyDrafter(SOURCE, (), costs)
     drafter.extend(SOURCE[:40])
     assert drafter.propose(31) == []

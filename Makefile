@@ -7,7 +7,7 @@ TEST_MODEL ?= qwen2.5-coder-0.5b
 DEMO_BUG ?= page-off-by-one
 DEMO_DIR := build/demo
 
-.PHONY: setup demo test test-gpu test-parity lint format clean
+.PHONY: setup demo test test-gpu test-parity test-llama lint format clean
 
 setup: $(VENV)/.installed
 
@@ -26,7 +26,7 @@ demo: setup
 
 test: setup lint
 	@$(BIN)/lsp-agent model pull $(TEST_MODEL)
-	@$(BIN)/python -m pytest -m "not parity and not gpu and not editor" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not parity and not gpu and not llama and not editor" $(PYTEST_ARGS)
 
 # On a machine with an NVIDIA GPU: onnxruntime-gpu replaces onnxruntime, in an environment of its own.
 test-gpu:
@@ -44,6 +44,17 @@ test-parity:
 	@test -f $$LSP_AGENT_PARITY_GGUF || \
 		LSP_AGENT_CACHE_DIR=$(PARITY_CACHE) $(VENV)-parity/bin/lsp-agent model pull --keep-source $(TEST_MODEL)
 	@$(VENV)-parity/bin/python -m pytest -m parity tests/parity $(PYTEST_ARGS)
+
+# Against a real llama.cpp server. LSP_AGENT_LLAMA_SERVER is its binary: from llama.cpp's releases or a package manager
+# (`brew install llama.cpp`), or built: `cmake -B build -DLLAMA_CURL=OFF && cmake --build build --target llama-server`.
+test-llama: export LSP_AGENT_LLAMA_GGUF ?= $(CURDIR)/build/llama/models/$(TEST_MODEL)/source.gguf
+test-llama: export LSP_AGENT_LLAMA_SERVER ?= $(shell command -v llama-server)
+test-llama: setup
+	@test -x "$$LSP_AGENT_LLAMA_SERVER" || \
+		{ echo "Set LSP_AGENT_LLAMA_SERVER to llama.cpp's llama-server: see the comment in the Makefile." >&2; exit 2; }
+	@test -f "$$LSP_AGENT_LLAMA_GGUF" || \
+		LSP_AGENT_CACHE_DIR=$(CURDIR)/build/llama $(BIN)/lsp-agent model pull --keep-source $(TEST_MODEL)
+	@$(BIN)/python -m pytest -m llama $(PYTEST_ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -168,9 +168,8 @@ def tls_port(tmp_path: Path) -> Iterator[int]:
                     connection, _ = listener.accept()
                 except OSError:
                     return
-                with connection:
-                    with contextlib.suppress(OSError):  # the client leaves in the handshake
-                        context.wrap_socket(connection, server_side=True).close()
+                with connection, contextlib.suppress(OSError):  # the client leaves in the handshake
+                    context.wrap_socket(connection, server_side=True).close()
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()

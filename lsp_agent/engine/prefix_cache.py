@@ -260,9 +260,9 @@ class PrefixCache:
     ) -> bool:
         """Let `target` have read what the plan says; False when time ran out, with a part of it done."""
         source = plan.source
-        if target is source and plan.length in target.points:
+        if target is source and plan.length == plan.shared and plan.length in target.points:
             target.truncate(plan.length)
-            target.checkpoint()
+            target.checkpoint()  # of a turn's end
             return True
         if source is not None and target is not source:
             target.copy_keys_values(source, 0, plan.shared)

@@ -97,34 +97,3 @@ class CopyDrafter:
         else:
             copied.jump(found.text, found.place, found.matched)
         self._found = None
-
-
-class PromptLookup:
-    """Proposes what followed the last occurrence of the latest n-gram; rests while its guesses are bad."""
-
-    def __init__(self, prompt: Sequence[int]) -> None:
-        self._history = list(prompt)
-        self._followed_by: dict[tuple[int, ...], int] = {}
-        self._indexed = 3
-        self._acceptance = 0.5
-
-    def extend(self, token: int) -> None:
-        """Take note of a decoded token."""
-        self._history.append(token)
-
-    def propose(self, limit: int) -> list[int]:
-        """Up to `limit` tokens that may follow the history."""
-        for end in range(self._indexed, len(self._history)):
-            self._followed_by[tuple(self._history[end - 3 : end])] = end
-        self._indexed = max(self._indexed, len(self._history))
-        self._acceptance += 0.01 * (0.5 - self._acceptance)  # forget slowly, so that guessing is tried again
-        start = self._followed_by.get(tuple(self._history[-3:]))
-        if start is None or self._acceptance < 0.35:
-            return []
-        length = 3 if self._acceptance > 0.8 else 2
-        return self._history[start : start + min(length, limit)]
-
-    def judge(self, proposed: int, accepted: int) -> None:
-        """Learn how many of the `proposed` tokens were right; the first wrong one ends the look."""
-        for hit in [1.0] * accepted + [0.0] * (accepted < proposed):
-            self._acceptance += 0.15 * (hit - self._acceptance)

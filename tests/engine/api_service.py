@@ -34,9 +34,9 @@ class Spelling:
     """Stands in for `Tokenizer`: a token a character."""
 
     end_ids = frozenset({END})
-    fim = {"prefix": 1, "suffix": 2, "middle": 3}
 
     def __init__(self, tool_calls: str) -> None:
+        self.fim = {"prefix": 1, "suffix": 2, "middle": 3}
         self.tool_calls = tool_calls
         self.remembered: list[tuple[Any, ...]] = []
         self.answers = SimpleNamespace(remember=lambda *what: self.remembered.append(what))
@@ -76,6 +76,7 @@ class Speaker:
         self.tokenizer = Spelling(self.call_format)
         self.config = SimpleNamespace(vocabulary=0x110000)
         self.scheduler = self
+        self.broken: UserError | None = None
         self.wake: Callable[[], None] = lambda: None
         self._running: deque[tuple[Iterator[Step], Request, Any]] = deque()
         self.finished: list[int] = []

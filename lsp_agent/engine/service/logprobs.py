@@ -86,14 +86,17 @@ def text_logprobs(tokens: Sequence[Shown], top: int) -> dict[str, Any]:
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [
-            None if token.logprob is None else {text: logprob for text, _, logprob in reversed(token.top)}
-            for token in tokens
-        ]
-        if top
-        else None,
+        "top_logprobs": [None if token.logprob is None else _by_text(token) for token in tokens] if top else None,
         "text_offset": [token.offset for token in tokens],
     }
+
+
+def _by_text(token: Shown) -> dict[str, float]:
+    """The best tokens by what they read as; of two that read the same, the better."""
+    best: dict[str, float] = {}
+    for text, _, logprob in token.top:
+        best.setdefault(text, logprob)
+    return best
 
 
 def scored_tokens(tokenizer: Tokenizer, ids: Sequence[int], scoring: Scoring) -> list[Shown]:

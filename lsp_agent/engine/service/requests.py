@@ -157,7 +157,8 @@ class GenerationFields(Body):
         """What the answers must look like; raises `ApiError`."""
         given = [form for form in (self._of_response_format(), *self._of_structured_outputs()) if form.kind != "text"]
         if len(given) > 1:
-            raise ApiError("Ask for one form of the answer, not for several.", param="structured_outputs")
+            message = "structured_outputs: ask for one form of the answer, not for several."
+            raise ApiError(message, param="structured_outputs")
         (form,) = given or [AnswerFormat()]
         if len(form.value) > MAX_SCHEMA:
             raise ApiError(f"A schema or grammar may have {MAX_SCHEMA} characters; shorten it.", code="schema_too_long")
@@ -170,7 +171,8 @@ class GenerationFields(Body):
         if asked.type == "json_object":
             return AnswerFormat("json")
         if asked.json_schema is None:
-            raise ApiError("json_schema must give the schema.", param="response_format.json_schema")
+            param = "response_format.json_schema"
+            raise ApiError(f"{param}: the schema is missing.", param=param, code="missing_required_parameter")
         return AnswerFormat("json_schema", _text(asked.json_schema.json_schema or {}, "response_format.json_schema"))
 
     def _of_structured_outputs(self) -> list[AnswerFormat]:

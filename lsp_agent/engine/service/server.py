@@ -310,7 +310,6 @@ async def _events(first: Object, rest: AsyncGenerator[Object, None]) -> AsyncGen
             if told.status == 500:
                 _log.error("A stream failed: %s", where(error))
             yield _event(told.body)
-            return
     yield "data: [DONE]\n\n"
 
 

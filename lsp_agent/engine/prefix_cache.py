@@ -90,6 +90,8 @@ class PrefixCache:
         self._recurrent = bool(recurrent_shapes(self._specs))
         self._states: list[State] = []  # least recently used first
         self._taken: list[State] = []
+        self.unfinished = False
+        """Whether the last `take` returned None for want of time, not of states."""
         self._requests = self._asked = self._from_states = self._from_memory = 0
 
     def take(self, ids: Sequence[int], boundaries: Sequence[int] = (), seconds: float = float("inf")) -> State | None:
@@ -97,10 +99,10 @@ class PrefixCache:
 
         It is the caller's alone until `release`. At least the last token is left out, since its logits are needed.
         `boundaries`: lengths that later prompts may branch off; `State.until_stop` stops a run there. None when all
-        states are taken, or when more than `seconds` would have to be spent on moving tokens: then another call goes on
-        with it.
+        states are taken, or when more than `seconds` would have to be spent on moving tokens: then it is `unfinished`,
+        and another call goes on with it.
         """
-        deadline = time.monotonic() + seconds
+        deadline, self.unfinished = time.monotonic() + seconds, False
         wanted = list(ids[:-1])
         plan = self._plan(wanted)
         self._store.touch(plan.path)
@@ -231,7 +233,7 @@ class PrefixCache:
             other = self._oldest(source)
             full = len(self._states) >= self._slots
             if lost <= SHORT_TAIL or (full and (other is None or 2 * lost <= other.length + plan.shared)):
-                return source if self._store.save(source, plan.shared, deadline) else None
+                return source if self._save(source, plan.shared, deadline) else None
         return self._vacant(source, deadline)
 
     def _vacant(self, spared: State | None, deadline: float) -> State | None:
@@ -240,7 +242,7 @@ class PrefixCache:
             self._states.append(self._new_state())
             return self._states[-1]
         state = self._oldest(spared)
-        if state is None or not self._store.save(state, 0, deadline):
+        if state is None or not self._save(state, 0, deadline):
             return None
         if self._device.name != "cpu":
             state.resume([], {})
@@ -248,6 +250,11 @@ class PrefixCache:
         self._states = [other for other in self._states if other is not state]
         self._states.append(self._new_state())  # zero pages: main memory that was written to is given back
         return self._states[-1]
+
+    def _save(self, state: State, start: int, deadline: float) -> bool:
+        """Keep what `state` is about to lose; False when time ran out."""
+        self.unfinished = not self._store.save(state, start, deadline)
+        return not self.unfinished
 
     def _load(
         self,
@@ -269,6 +276,7 @@ class PrefixCache:
         for start, arrays in parts:
             if start and not self._recurrent and time.monotonic() > deadline:
                 target.resume(wanted[:start], {})
+                self.unfinished = True
                 return False
             target.write(start, arrays)
         target.resume(wanted[: plan.length], recurrent)

@@ -108,11 +108,9 @@ class PrefixStore:
             view.fetch(node.start, content)
             node.content = content
         if mark and node.mark is None:
-            copied = view.checkpoints.at(node.end)
-            if copied is None and node.end == len(view.ids):
-                copied = view.recurrent
-            if copied is not None:
-                node.mark = view.checkpoints.in_main_memory(copied)
+            node.mark = view.checkpoints.in_main_memory(node.end, self._memory)
+            if node.mark is None and node.end == len(view.ids):
+                node.mark = view.checkpoints.copied(view.recurrent, self._memory)
         return True
 
     def extent(self, path: Path, start: int) -> int:

@@ -42,7 +42,7 @@ class RecurrentCopies:
         if not self._shapes or length in self._kept:
             return
         if self._device.name == "cpu":
-            copied: Mapping[str, Array] | None = self.in_main_memory(arrays)
+            copied: Mapping[str, Array] | None = self.copied(arrays, self._memory)
         else:
             copied = {name: self._device.copy(array) for name, array in arrays.items()}
         if copied is not None:
@@ -70,12 +70,17 @@ class RecurrentCopies:
         del self._kept[min((length == latest, gap, length) for gap, length in gaps)[-1]]
         return True
 
-    def in_main_memory(self, arrays: Mapping[str, Array]) -> Mapping[str, np.ndarray] | None:
-        """A copy of such arrays; None when there is no room."""
-        copied = self._memory.arrays(self._shapes)
+    def in_main_memory(self, length: int, memory: HostMemory) -> Mapping[str, np.ndarray] | None:
+        """The copy of a length, in `memory`; None when there is none, or no room."""
+        arrays = self._kept.get(length)
+        return arrays if arrays is None or _in_main_memory(arrays) else self.copied(arrays, memory)
+
+    def copied(self, arrays: Mapping[str, Array], memory: HostMemory) -> Mapping[str, np.ndarray] | None:
+        """A copy of such arrays in main memory; None when there is no room."""
+        copied = memory.arrays(self._shapes)
         if copied is not None:
-            for name, array in arrays.items():
-                self._device.fetch(array, copied[name])
+            for name, array in copied.items():
+                self._device.fetch(arrays[name], array)
         return copied
 
     def _move_oldest(self) -> None:
@@ -83,7 +88,7 @@ class RecurrentCopies:
         if len(on_device) <= self._device.checkpoints:
             return
         oldest, following = on_device[:2]
-        moved = self.in_main_memory(self._kept[oldest]) if following - oldest >= WORTH_MOVING else None
+        moved = self.in_main_memory(oldest, self._memory) if following - oldest >= WORTH_MOVING else None
         if moved is None:
             self._kept.pop(oldest, None)
         else:

@@ -16,11 +16,8 @@ import onnxruntime as ort
 
 from lsp_agent.engine.device import Array, CpuDevice, Device, bind_input, bind_output
 from lsp_agent.engine.host_memory import HostMemory, Shapes
-from lsp_agent.engine.prefix_tree import shared_prefix
 from lsp_agent.engine.recurrent_copies import RecurrentCopies
 
-PREFIX_SLOTS = 4
-"""Past prompts whose states are kept."""
 CHECKPOINT_EVERY = 2048
 """Tokens after which a recurrent state is remembered wherever it is: most that a branch has to read again."""
 
@@ -319,68 +316,3 @@ class State:
         self.write(0, {name: values[0] for name, values in snapshot.growing.items()})
         self.checkpoints.forget_after(0)
         self.resume(snapshot.ids, snapshot.recurrent)
-
-
-class PrefixCache:
-    """The states of a few past prompts, the least recently used one recycled first.
-
-    Filling in a file asks many prompts that share a long beginning: only what follows it is read again.
-    """
-
-    def __init__(
-        self, specs: Iterable[StateSpec], capacity: int, slots: int = PREFIX_SLOTS, device: Device | None = None
-    ) -> None:
-        self.capacity = capacity
-        known = tuple(specs)
-        self._make = lambda: State(known, capacity, device=device)
-        self._slots = slots
-        self._states: list[State] = []  # least recently used first
-
-    def take(self, ids: Sequence[int]) -> State:
-        """A state that has read the longest known prefix of `ids` and nothing else; its `ids` say how much.
-
-        At least the last token is left out, since its logits are needed.
-        """
-        wanted = ids[:-1]
-        best, shared = None, 0
-        for state in self._states:
-            reached = state.reachable(shared_prefix(state.ids, wanted))
-            if best is None or reached > shared:
-                best, shared = state, reached
-        if best is None or self._worth_keeping(best, shared):
-            fresh = self._recycle(keep=best)
-            if best is not None:
-                fresh.copy_prefix(best, shared)
-            best = fresh
-        best.truncate(shared)
-        self._touch(best)
-        return best
-
-    def empty(self) -> State:
-        """The least recently used state, emptied."""
-        state = self._recycle(keep=None)
-        self._touch(state)
-        return state
-
-    def clear(self) -> None:
-        """Forget every prompt and free its memory."""
-        self._states.clear()
-
-    def _touch(self, state: State) -> None:
-        if state in self._states:
-            self._states.remove(state)
-        if self._states:
-            self._states[-1].trim()
-        self._states.append(state)
-
-    def _worth_keeping(self, state: State, shared: int) -> bool:
-        """Whether the tail that `state` would lose is longer than a decoded answer of ordinary length."""
-        return self._slots > 1 and len(state.ids) - shared > 64
-
-    def _recycle(self, keep: State | None) -> State:
-        if len(self._states) < self._slots:
-            return self._make()
-        state = next(state for state in self._states if state is not keep)
-        self._states.remove(state)
-        state.truncate(0)
-        return state

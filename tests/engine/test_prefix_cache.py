@@ -1,8 +1,7 @@
 """No token is read twice: what is counted is what the decoder runs, on conversations as agents have them."""
 
-import numpy as np
 import pytest
-from transcripts import WORDS, Reader, Transcript, cold
+from transcripts import WORDS, Reader, Transcript
 
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.prefix_cache import PrefixCache

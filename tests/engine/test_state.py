@@ -10,8 +10,9 @@ from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
 from lsp_agent.engine.device import CpuDevice
 from lsp_agent.engine.engine import Engine
-from lsp_agent.engine.generation import prefill
-from lsp_agent.engine.state import PrefixCache, State
+from lsp_agent.engine.host_memory import HostMemory, bytes_of
+from lsp_agent.engine.recurrent_copies import RecurrentCopies
+from lsp_agent.engine.state import State, recurrent_shapes
 from lsp_agent.errors import Cancelled
 
 HYBRID, ATTENTION = "qwen3-next", "qwen3-moe"
@@ -155,16 +156,85 @@ def test_a_recurrent_state_goes_back_to_checkpoints_and_before_the_last_run(hf_e
     assert [dense.reachable(n) for n in (0, 9, 99)] == [0, 9, 40]
 
 
-def test_checkpoints_are_thinned_evenly(hf_engine):
+def test_checkpoints_are_thinned_evenly_where_memory_is_short(hf_engine):
     engine = hf_engine(HYBRID)
-    state = State(engine._decoder.states, 128)
+    specs = engine._decoder.states
+    memory = HostMemory(16 * bytes_of(recurrent_shapes(specs)))
+    state = State(specs, 128, memory=memory)
+    memory.evict = state.checkpoints.thin
     for token in [*PROMPT, *PROMPT]:
         read(engine, [[token]], state)
         state.checkpoint()
-    state.trim()
-    kept = sorted({state.reachable(n) for n in range(80)} - {0})
-    assert len(kept) <= CpuDevice.checkpoints and kept[0] <= 10
+    kept = state.checkpoints.lengths
+    assert len(kept) == 16 and kept[-1] == 80 and kept[0] <= 10 and memory.most_used <= memory.limit
     assert max(np.diff(kept)) <= 16
+
+
+def test_states_are_remembered_at_stops_and_every_few_thousand_tokens(hf_engine, monkeypatch):
+    monkeypatch.setattr("lsp_agent.engine.state.CHECKPOINT_EVERY", 16)
+    engine = hf_engine(HYBRID)
+    state = State(engine._decoder.states, 128)
+    state.stops = (3, 24, 90)
+    ids = [*PROMPT, *PROMPT]
+    while state.length < len(ids):
+        read(engine, [ids[state.length : state.length + state.until_stop(7)]], state)
+    assert state.checkpoints.lengths == [3, 24, 45, 66] and state.length == 80
+    assert State(hf_engine(ATTENTION)._decoder.states, 128).until_stop(7) == 7
+
+
+class Elsewhere:
+    """An array of a device with a memory of its own."""
+
+    def __init__(self, values):
+        self.values = np.array(values)
+
+
+class SmallDevice(CpuDevice):
+    """Room for three checkpoints."""
+
+    name = "cuda"
+    checkpoints = 3
+
+    def copy(self, array):
+        return Elsewhere(array)
+
+    def fetch(self, array, into):
+        into[...] = array.values if isinstance(array, Elsewhere) else array
+
+
+def test_the_oldest_checkpoints_move_to_main_memory():
+    copies = RecurrentCopies({"a": ((1, 2), "float32")}, SmallDevice(), memory := HostMemory(1 << 20))
+    for length in (100, 200, 210, 300, 400, 500):
+        copies.add(length, {"a": np.full((1, 2), length, np.float32)})
+    assert copies.lengths == [100, 210, 300, 400, 500]  # 200 lies close before 210
+    assert [isinstance(copies.at(length)["a"], Elsewhere) for length in copies.lengths] == [False] * 2 + [True] * 3
+    for length in (100, 210):
+        np.testing.assert_array_equal(copies.at(length)["a"], [[length, length]])
+    assert memory.used == 2 * 64
+    assert copies.in_main_memory(100, memory) is copies.at(100)
+    np.testing.assert_array_equal(copies.in_main_memory(500, memory)["a"], [[500, 500]])
+    copies.forget_after(150)
+    assert copies.lengths == [100] and memory.used == 64
+
+
+def test_a_device_without_room_in_main_memory_keeps_the_latest_checkpoints():
+    copies = RecurrentCopies({"a": ((1, 2), "float32")}, SmallDevice(), HostMemory(0))
+    for length in (100, 200, 300, 400):
+        copies.add(length, {"a": np.full((1, 2), length, np.float32)})
+    assert copies.lengths == [200, 300, 400]
+
+
+def test_what_another_state_has_read_can_be_taken_over(hf_engine):
+    for name in (HYBRID, ATTENTION):
+        engine = hf_engine(name)
+        pieces = [PROMPT[:10], PROMPT[10:]]
+        _, other = read(engine, pieces)
+        _, state = read(engine, pieces[:1])
+        view = State(engine._decoder.states, 128, arrays=other._growing | other.recurrent)
+        growing = {past: array[0, :, 10:40] for past, array in view._growing.items()}
+        state.append(PROMPT[10:].tolist(), growing, view.recurrent)
+        read(engine, [[3], [4]], state)
+        assert_same_state(state, read(engine, [*pieces, [3], [4]])[1])
 
 
 def test_a_shrunken_batch_continues_as_single_sequences_do(hf_engine):
@@ -184,22 +254,6 @@ def test_a_shrunken_batch_continues_as_single_sequences_do(hf_engine):
         np.testing.assert_allclose(logits[row], expected[-1], atol=1e-5)
 
 
-def test_prompts_resume_at_checkpoints(hf_package):
-    engine = Engine.load(hf_package(HYBRID), threads=1, accuracy="exact")
-    cache = engine._prefixes
-    ids = [int(token) for token in PROMPT] * 2
-    state = cache.take(ids)
-    prefill(engine._decoder, state, ids, CancelToken(), chunk=16)
-    assert cache.take([*ids, 5]).length == len(ids)
-    resumed = cache.take([*ids[:50], 1, 2])
-    assert resumed.length == 48
-    fresh = State(engine._decoder.states, 128)
-    logits = prefill(engine._decoder, resumed, [*ids[48:50], 1, 2], CancelToken())
-    prefill(engine._decoder, fresh, ids[:48], CancelToken(), chunk=16)
-    np.testing.assert_array_equal(logits, prefill(engine._decoder, fresh, [*ids[48:50], 1, 2], CancelToken()))
-    assert cache.take(ids[:20]).length == 16
-
-
 def test_a_conversation_goes_on_from_its_own_answer(hf_package):
     engine = Engine.load(hf_package(HYBRID), threads=1, accuracy="exact")
     ids = PROMPT.tolist()
@@ -208,7 +262,7 @@ def test_a_conversation_goes_on_from_its_own_answer(hf_package):
     warm = engine.generate(following, Sampling(max_tokens=8), CancelToken(), stop_ids=())
     tokens = [step.token for step in warm]
     assert warm.timings.cached_tokens == len(ids) + len(answer) - 1
-    engine._prefixes.clear()
+    engine.prefixes.clear()
     cold = engine.generate(following, Sampling(max_tokens=8), CancelToken(), stop_ids=())
     assert [step.token for step in cold] == tokens and cold.timings.cached_tokens == 0
 
@@ -226,26 +280,3 @@ def test_a_cancelled_run_leaves_the_state_as_it_was(hf_engine):
     expected, _ = read(engine, [PROMPT])
     logits, _ = read(engine, [PROMPT[10:]], state)
     np.testing.assert_allclose(logits, expected[10:], atol=1e-4)
-
-
-def test_the_prefix_cache_recycles_hybrid_states(hf_engine):
-    engine = hf_engine(HYBRID)
-    cache = PrefixCache(engine._decoder.states, 128, slots=2)
-    for start in range(4):
-        ids = [(start + n) % 250 for n in range(30)]
-        logits = prefill(engine._decoder, cache.take(ids), ids, CancelToken())
-        expected, _ = read(engine, [ids])
-        np.testing.assert_allclose(logits, expected[-1], atol=1e-5)
-
-
-@pytest.mark.parametrize("name", [HYBRID, ATTENTION])
-def test_only_states_that_can_drop_guesses_are_drafted_on(hf_package, name):
-    engine = Engine.load(hf_package(name), threads=1, accuracy="exact")
-    ids = [5, 6, 7, 8] * 10
-    answers = []
-    for drafting in (True, False):
-        generation = engine.generate(ids, Sampling(max_tokens=24), CancelToken(), stop_ids=(), drafting=drafting)
-        answers.append([step.token for step in generation])
-        assert (generation.timings.drafted_tokens > 0) == (drafting and name == ATTENTION)
-        engine._prefixes.clear()
-    assert answers[0] == answers[1]

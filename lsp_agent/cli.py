@@ -16,6 +16,7 @@ COMMANDS = {
     "undo": ("lsp_agent.commands.undo:undo", "Restore the state before a run."),
     "serve": ("lsp_agent.commands.serve:serve", "Run the language server that editors talk to."),
     "model": ("lsp_agent.commands.model:model", "List, install, inspect and remove models."),
+    "engine": ("lsp_agent.commands.engine:engine", "Start, stop and inspect the process that runs the models."),
     "generate": ("lsp_agent.commands.generate:generate", "Run the model on a prompt."),
     "eval": ("lsp_agent.commands.evaluate:evaluate", "Measure the agent on executable tasks."),
     "bench": ("lsp_agent.commands.bench:bench", "Measure what this machine does with a model, weights or not."),

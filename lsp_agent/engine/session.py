@@ -116,6 +116,11 @@ class Decoder:
         return self._placement.chunk if self._placement else self.device.prefill_chunk
 
     @property
+    def placement(self) -> str:
+        """`cpu`, or the kind of placement on the GPU."""
+        return self._placement.kind if self._placement else "gpu" if self._gpu else "cpu"
+
+    @property
     def recurrent(self) -> bool:
         """Whether a part of the state cannot go back by any number of tokens."""
         return not all(spec.growing for spec in self.states)

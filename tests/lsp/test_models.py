@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lsp_agent.cancel import CancelToken
+from lsp_agent.config import Backend
 from lsp_agent.errors import Cancelled, UserError
 from lsp_agent.lsp.models import Models
 
@@ -28,7 +29,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[FakeModel]:
     """Every model that was opened, in order."""
     models: list[FakeModel] = []
 
-    def open_model(name: str | None, _cancel: CancelToken | None = None) -> Any:
+    def open_model(name: str | None, _cancel: CancelToken | None = None, backend: Any = None) -> Any:
         if name == "missing":
             raise UserError("There is no such model.")
         models.append(FakeModel(name))
@@ -50,21 +51,24 @@ def test_the_model_stays_open_for_the_next_job(opened: list[FakeModel]) -> None:
     assert open_names(opened) == ["a"]
 
 
-def test_a_model_is_not_closed_under_a_job_of_another_folder(opened: list[FakeModel]) -> None:
+def test_a_job_that_closes_its_model_takes_it_from_nobody(opened: list[FakeModel]) -> None:
     models = Models()
-    first = models.open("a")
-    again = models.open("a")
-    second = models.open("b")
-    assert open_names(opened) == ["a", "b"]
-    first.close()
-    first.close()
-    assert open_names(opened) == ["a", "b"], "another job still has it"
+    first, again, second = models.open("a"), models.open("a"), models.open("b")
+    for lent in (first, first, second):
+        lent.close()
+    assert open_names(opened) == ["a", "b"], "other windows pay nothing for an open connection"
     again.close()
-    assert open_names(opened) == ["b"]
-    second.close()
-    assert open_names(opened) == ["b"]
-    models.open("a").close()
-    assert open_names(opened) == ["a"], "an idle model makes place"
+    models.open("a")
+    assert [model.name for model in opened] == ["a", "b"]
+
+
+def test_a_model_server_is_not_taken_for_the_default_model(opened: list[FakeModel]) -> None:
+    models, backend = Models(), Backend(url="http://127.0.0.1:9/v1")
+    models.open(None)
+    models.open(None, backend=backend)
+    models.open(None, backend=Backend(url="http://127.0.0.1:9/v1"))
+    assert len(opened) == 2
+    assert models.problem(None, backend) is None and models.check(None, backend) is None
 
 
 def test_what_cannot_be_opened_leaves_the_others_usable(opened: list[FakeModel]) -> None:
@@ -81,7 +85,7 @@ def test_what_cannot_be_opened_leaves_the_others_usable(opened: list[FakeModel])
 def test_waiting_for_another_folders_model_to_load_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     loading, loaded = threading.Event(), threading.Event()
 
-    def open_model(name: str | None, _cancel: CancelToken | None = None) -> Any:
+    def open_model(name: str | None, _cancel: CancelToken | None = None, backend: Any = None) -> Any:
         loading.set()
         loaded.wait(10)
         return FakeModel(name)

@@ -33,23 +33,28 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from. `context`: most tokens of prompt and answer, None: as the package says, at most
-    `MAX_CONTEXT`."""
+    """Where a model comes from. `context`: most tokens of prompt and answer, if it can take so many."""
 
     name: str
     package: Path
-    context: int | None = None
+    context: int = MAX_CONTEXT
     sampling: Mapping[str, float] = field(default_factory=dict)
     infills: bool | None = None
 
     @property
     def stamp(self) -> tuple[int, ...]:
-        """Differs when another package was put in its place. Raises `UserError` when there is none."""
+        """Differs when another package was put in its place; empty when there is none."""
         try:
             about = (self.package / "config.json").stat()
-        except OSError as error:
-            raise UserError(f"There is no model package in {self.package}; install the model again.") from error
+        except OSError:
+            return ()
         return about.st_dev, about.st_ino, about.st_mtime_ns
+
+    @property
+    def served(self) -> ServedModel:
+        """Its entry in the list of models while it is not loaded."""
+        created = self.stamp[-1] // 10**9 if self.stamp else 0
+        return ServedModel(self.name, self.context, created, False, self.sampling, self.infills)
 
 
 class Catalog:
@@ -68,8 +73,9 @@ class Catalog:
         if not package.is_absolute():
             raise UserError(f"{package} is not an absolute path; give the package folder's whole path.")
         if self._installed(name, package) is None:
-            source = Source(name, package, self._context)
-            source.stamp  # noqa: B018 - raises when there is no package
+            source = Source(name, package, self._context or MAX_CONTEXT)
+            if not source.stamp:
+                raise UserError(f"There is no model package in {package}; give the folder of one.")
             self._named[name] = source
 
     def source(self, name: str | None) -> Source:
@@ -83,6 +89,10 @@ class Catalog:
         except UserError as error:
             raise (UnknownModel(str(error)) if name else error) from error
         return self._source(installed)
+
+    def named(self, name: str) -> Source | None:
+        """The package folder that was named so, if one was."""
+        return self._named.get(name)
 
     def sources(self) -> list[Source]:
         """All models."""

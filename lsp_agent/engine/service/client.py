@@ -83,17 +83,15 @@ class EngineEndpoint:
         # A new process may use the GPU, or the CPU where the device was not chosen.
         return code == GpuLost.code and attempt == 0 and launch.wait_until(lambda: launch.gone(about), LOST_GPU_S)
 
-    def explain(self, error: httpx.TransportError) -> UserError:
+    def explain(self, error: httpx.TransportError) -> UserError:  # noqa: ARG002 - the protocol's
         """See `Endpoint.explain`."""
         return UserError(f"The engine stopped while it answered; run again, or see {self._place.log}.")
 
     def _running(self, cancel: CancelToken) -> About:
-        while True:
-            about = launch.ensure(self._place, cancel)
-            leaving = self._leaving
-            if about != leaving:
-                return about
-            launch.wait_until(lambda: launch.gone(about), float("inf"), cancel)
+        leaving = self._leaving
+        while (about := launch.ensure(self._place, cancel)) == leaving:
+            launch.wait_until(lambda: launch.gone(leaving), float("inf"), cancel)
+        return about
 
     def _load(self, about: About, cancel: CancelToken) -> None:
         for said in control_client.load(self._place, about, self.name, self._package, cancel):

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from lsp_agent.engine.service.host import EngineHost
+from lsp_agent.engine.service.room import gpu_memory
+from lsp_agent.engine.service.runtime import HAS_UNIX_SOCKETS, About, Place
 from lsp_agent.errors import UserError
 
 
@@ -37,11 +41,12 @@ class StopRequest(BaseModel):
     now: bool = False
 
 
-def routes(host: EngineHost) -> list[Route]:
+def routes(host: EngineHost, here: Place, about: About) -> list[Route]:
     """The control routes, for the server to mount."""
+    process = psutil.Process()
 
     async def status(request: Request) -> Response:  # noqa: ARG001 - the signature of a route
-        return JSONResponse(host.status())
+        return JSONResponse({**_process(process, here, about), **host.status()})
 
     async def stop(request: Request) -> Response:
         try:
@@ -65,6 +70,20 @@ def routes(host: EngineHost) -> list[Route]:
     ]
 
 
+def _process(process: psutil.Process, here: Place, about: About) -> dict[str, Any]:
+    return {
+        "running": True,
+        "pid": about.pid,
+        "version": about.version,
+        "uptime_s": round(time.time() - about.created, 1),
+        "socket": str(here.socket) if HAS_UNIX_SOCKETS else None,
+        "port": about.port or None,
+        "token_file": str(here.token) if about.port else None,
+        "log": str(here.log),
+        "memory": {"resident_bytes": process.memory_info().rss, "gpu_in_use_bytes": gpu_memory()},
+    }
+
+
 async def _load(host: EngineHost, asked: LoadRequest) -> AsyncIterator[str]:
     """JSON lines: `{"progress": [done, total]}` while it loads, then `{"loaded": …}` or `{"error": …}`."""
     lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
@@ -72,7 +91,7 @@ async def _load(host: EngineHost, asked: LoadRequest) -> AsyncIterator[str]:
     async def work() -> None:
         try:
             if asked.package is not None and asked.model:
-                host.catalog.add(asked.model, asked.package)
+                host.add(asked.model, asked.package)
             name = host.resolve(asked.model)
             engine = await host.engine(name, lambda done, total: lines.put_nowait({"progress": [done, total]}))
             lines.put_nowait({"loaded": {"name": name, "context_length": engine.context_length}})

@@ -10,14 +10,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.generation import Generation
 from lsp_agent.engine.gpu.errors import GpuLost, explain
-from lsp_agent.engine.request import Request, Step, Timings
+from lsp_agent.engine.request import Request, Step
 from lsp_agent.engine.service.catalog import Catalog, ServedModel, Source
+from lsp_agent.engine.service.residents import Loading, OnProgress, Resident
 from lsp_agent.engine.service.room import fits, give_back_memory
 from lsp_agent.errors import UserError
 
@@ -25,7 +26,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 OnStep = Callable[[Step | Exception | None], None]
-OnProgress = Callable[[int, int], None]
 
 QUIET_S = 1.0
 """After so long without work there is time to keep on disk what the next start can use."""
@@ -33,33 +33,6 @@ GRACE_S = 5.0
 """A model that was asked for is not unloaded for so long: its request may still be in the making."""
 PATIENCE_S = 20.0
 """After so long a model that others keep busy takes no new requests, so that one that waits for its memory can load."""
-RECENT = 32
-"""Finished requests over which speeds are averaged."""
-
-
-@dataclass(eq=False)
-class Resident:
-    """A loaded model. Times are monotonic seconds, `loaded_at` Unix seconds; `active` counts its unfinished work."""
-
-    source: Source | None
-    engine: Engine
-    name: str
-    stamp: tuple[int, ...] = ()
-    loaded_at: float = field(default_factory=time.time)
-    last_used: float = field(default_factory=time.monotonic)
-    active: int = 0
-    answered: int = 0
-    leaving: bool = False
-    recent: deque[Timings] = field(default_factory=lambda: deque(maxlen=RECENT))
-
-
-@dataclass(eq=False)
-class Loading:
-    """A model on its way. `progress`: (done, total) of what a first load prepares."""
-
-    task: asyncio.Task[None] | None = None
-    progress: tuple[int, int] | None = None
-    listeners: list[OnProgress] = field(default_factory=list)
 
 
 class EngineHost:
@@ -73,6 +46,8 @@ class EngineHost:
         """Takes no new requests and finishes those that it has."""
         self.leaving_now = False
         """Does not even finish those."""
+        self.left = asyncio.Event()
+        """Set by `leave`."""
         self.last_used = time.monotonic()
         self._threads = threads
         self._residents: tuple[Resident, ...] = ()  # replaced, never changed: the engine thread reads it
@@ -98,15 +73,27 @@ class EngineHost:
 
     def models(self) -> list[ServedModel]:
         """All models that can be asked for; loads nothing."""
-        listed = {resident.name: _served(resident) for resident in self._residents}
+        listed = {resident.name: resident.served for resident in self._residents}
         if any(resident.source is None for resident in self._residents):
             return list(listed.values())
         for source in self.catalog.sources():
-            if source.name not in listed:
-                created = int(source.stamp[-1] / 1e9)
-                context = source.context or 0
-                listed[source.name] = ServedModel(source.name, context, created, False, source.sampling, source.infills)
+            listed.setdefault(source.name, source.served)
         return list(listed.values())
+
+    def served(self, name: str | None) -> ServedModel:
+        """The entry of the model that answers to `name`. Raises as `resolve`."""
+        name = self.resolve(name)
+        resident = self._resident(name)
+        return resident.served if resident else self.catalog.source(name).served
+
+    def add(self, name: str, package: Path) -> None:
+        """Let `name` mean a package folder. Raises `UserError`, also when the name is in use for another."""
+        resident = self._resident(name)
+        if resident is not None and resident.source is not None and resident.source.package != package:
+            if resident.active or time.monotonic() - resident.last_used < GRACE_S:
+                raise UserError(f"{name} is in use for another package; choose another name.")
+            resident.leaving = True
+        self.catalog.add(name, package)
 
     def resolve(self, name: str | None) -> str:
         """The name of the model that answers to `name`; None and "" are the default's.
@@ -129,12 +116,9 @@ class EngineHost:
         while True:
             self._check()
             resident = self._resident(name)
-            if resident is not None and not resident.leaving and not self._outdated(resident):
+            if resident is not None and not resident.leaving and not resident.outdated:
                 self._touch(resident)
                 return resident.engine
-            if resident is not None and resident.leaving and name not in self._loading:
-                await asyncio.wait([loading.task for loading in self._loading.values() if loading.task], timeout=1.0)
-                continue
             loading = self._loading.get(name)
             if loading is None:
                 loading = self._loading[name] = Loading()
@@ -194,7 +178,7 @@ class EngineHost:
     def status(self) -> dict[str, Any]:
         """What is loaded and what it does, as plain data."""
         return {
-            "models": [_status(resident) for resident in self._residents],
+            "models": {resident.name: resident.status() for resident in self._residents},
             "loading": {name: loading.progress for name, loading in self._loading.items()},
             "stopping": self.stopping,
         }
@@ -203,6 +187,7 @@ class EngineHost:
         """Take no more requests, and have the process end when all are answered, or `now`."""
         self.stopping = True
         self.leaving_now = self.leaving_now or now
+        self.left.set()
 
     def stop(self) -> None:
         """End the engine thread after the piece of work it is at; what is unfinished stays so."""
@@ -227,7 +212,7 @@ class EngineHost:
                 loop = asyncio.get_running_loop()
 
                 def report(done: int, total: int) -> None:
-                    loop.call_soon_threadsafe(_report, loading, done, total)
+                    loop.call_soon_threadsafe(loading.report, done, total)
 
                 resident = await asyncio.to_thread(self._open, source, report)
                 self._take_in(resident)
@@ -275,15 +260,6 @@ class EngineHost:
         with self._lock:
             self._residents = (*self._residents, resident)
         self._wake.set()
-
-    def _outdated(self, resident: Resident) -> bool:
-        """Whether another package was installed in its place."""
-        if resident.source is None:
-            return False
-        try:
-            return resident.source.stamp != resident.stamp
-        except UserError:
-            return False  # removed: what is loaded can still answer
 
     # Bookkeeping
 
@@ -335,6 +311,7 @@ class EngineHost:
             for resident in self._residents:
                 try:
                     worked |= resident.engine.scheduler.advance()
+                    self.broken = self.broken or resident.engine.scheduler.broken
                 except Exception as error:  # no request's fault: those are told by their generations
                     log.exception("the engine failed")
                     told = self._noted(error)
@@ -368,23 +345,6 @@ class Stopping(UserError):  # noqa: N818 - named by what it says
     """The engine is about to end; another one answers."""
 
     code = "engine_stopping"
-
-
-def _served(resident: Resident) -> ServedModel:
-    source = resident.source
-    sampling, infills = (source.sampling, source.infills) if source else ({}, None)
-    context, created = resident.engine.context_length, int(resident.loaded_at)
-    return ServedModel(resident.name, context, created, True, sampling, infills)
-
-
-def _status(resident: Resident) -> dict[str, Any]:
-    return {"name": resident.name, "context_length": resident.engine.context_length, "active": resident.active}
-
-
-def _report(loading: Loading, done: int, total: int) -> None:
-    loading.progress = done, total
-    for listener in loading.listeners:
-        listener(done, total)
 
 
 def _seen(task: asyncio.Task[None]) -> None:

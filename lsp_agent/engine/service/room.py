@@ -13,24 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 from lsp_agent.engine.footprint import footprint
 from lsp_agent.engine.package import Package
-from lsp_agent.errors import UserError
+from lsp_agent.engine.prefix_limits import size_of
 from lsp_agent.machine import usable_memory
 
 if TYPE_CHECKING:
     from lsp_agent.engine.service.catalog import Source
-    from lsp_agent.engine.service.host import Resident
+    from lsp_agent.engine.service.residents import Resident
 
-LIMIT = "LSP_AGENT_ENGINE_MEMORY_GB"
-"""Most memory, in units of 1e9 bytes, for all models together; not set: what the machine has."""
+LIMIT = "LSP_AGENT_ENGINE_MEMORY"
+"""Most memory for all models together; not set: what the machine has."""
 
 
 def memory_limit() -> float:
     """Bytes that all models together may take. Raises `UserError`."""
     text = os.environ.get(LIMIT, "")
-    try:
-        return float(text) * 1e9 if text else float("inf")
-    except ValueError as error:
-        raise UserError(f"{LIMIT} is not a number: {text!r}; give gigabytes, such as 24.") from error
+    return size_of(text, LIMIT) if text else float("inf")
 
 
 def fits(source: Source, residents: Iterable[Resident]) -> bool:
@@ -59,7 +56,7 @@ def _fits_gpu(source: Source) -> bool | None:
     if device.name != "cuda":
         return None
     package = Package(source.package)
-    context = min(source.context or package.config.context, package.config.context)
+    context = min(source.context, package.config.context)
     room = Room(device.free_memory(), usable_memory())
     return choose(package, source.name, context, room, batch=PARALLEL).kind == "resident"
 
@@ -75,3 +72,15 @@ def give_back_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
         if trim is not None:
             trim(0)
+
+
+def gpu_memory() -> int | None:
+    """Bytes of the GPU's memory in use, by all processes; None where no GPU is used."""
+    cupy: Any = sys.modules.get("cupy")
+    if cupy is None:
+        return None
+    try:
+        free, total = cupy.cuda.runtime.memGetInfo()
+    except cupy.cuda.runtime.CUDARuntimeError:
+        return None
+    return int(total - free)

@@ -56,15 +56,11 @@ class GpuRuntime:
             staging = ExpertStaging(self._weights.experts, memory, self._compiler)
         linear = package.config.linear_attention
         self._experts: SharedExperts | None = None
-        self._delta: SplitDelta | None = None
-        kernels: PromptKernels | None = None
-        # With these, the test of a hybrid model whose experts have zero points fails on an H100, where it passed
-        # without them; the cause is not known, so such models read prompts with ONNX Runtime's operators alone.
-        faster = not self._weights.experts.has_zero_points
-        if faster:
+        if not self._weights.experts.has_zero_points:  # those are in nodes of their own, with what ORT packs for each
             self._experts = self._shared_experts(staging)
-            kernels = PromptKernels(self._weights.address, self._compiler)
-        if faster and linear is not None and covers(linear):
+        kernels = PromptKernels(self._weights.address, self._compiler)
+        self._delta: SplitDelta | None = None
+        if linear is not None and covers(linear):
             self._delta = SplitDelta(linear, self._weights.constant, device.name, device.providers({}))
         graph = CudaGraph(package, context, True, staging, self._experts, kernels, self._delta)
         build_decoder(architecture(package.config.architecture), package.config, graph)

@@ -98,6 +98,11 @@ class Engine:
         """Most tokens of prompt and answer together."""
         return self.prefixes.capacity
 
+    @property
+    def placement(self) -> str:
+        """Where it runs: `cpu`, or how its experts are placed on the GPU."""
+        return self._decoder.placement
+
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """The model's end tokens and the fill-in-the-middle tokens, none of which belong in an answer."""

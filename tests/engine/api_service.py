@@ -20,6 +20,7 @@ import openai
 import uvicorn
 
 from lsp_agent.chat_model import Message, ToolSchema
+from lsp_agent.engine.prefix_cache import CacheStats
 from lsp_agent.engine.request import Request, Step, Timings
 from lsp_agent.engine.service.admission import Admission
 from lsp_agent.engine.service.host import EngineHost
@@ -77,6 +78,8 @@ class Speaker:
         self.config = SimpleNamespace(vocabulary=0x110000)
         self.scheduler = self
         self.broken: UserError | None = None
+        self.placement = "cpu"
+        self.prefixes = SimpleNamespace(stats=CacheStats)
         self.wake: Callable[[], None] = lambda: None
         self._running: deque[tuple[Iterator[Step], Request, Any]] = deque()
         self.finished: list[int] = []
@@ -107,6 +110,9 @@ class Speaker:
             self._running.append((steps, request, on_step))
         on_step(step)
         return True
+
+    def status(self) -> dict[str, Any]:
+        return {"running": len(self._running), "waiting": 0, "clients": {"secret": {"running": 1}}}
 
     def _steps(self, request: Request) -> Iterator[Step]:
         texts = [self.texts[index % len(self.texts)] for index in range(request.n)]

@@ -71,13 +71,14 @@ class Answering:
         self._timings: list[Timings] = []
         self._logs: list[TokenLog | None] = []
         self._generations: list[Generation] = []
+        self._unremembered: list[Callable[[], None]] = []
         self.ended: dict[int, Completion] = {}
 
     def begin(self, generation: Generation) -> None:
         """Take on the generation of the next prompt."""
         asked = self._prepared.requests[len(self._answers)]
         tokenizer = self._engine.tokenizer
-        remember = partial(tokenizer.answers.remember, asked.prompt) if self._prepared.remembered else None
+        remember = partial(self._note, asked.prompt) if self._prepared.remembered else None
         self._firsts.append(len(self._logs))
         self._generations.append(generation)
         self._timings.append(generation.timings)
@@ -126,6 +127,14 @@ class Answering:
             self._generations[number].finish(step.index)
         return self._numbered(first, parts)
 
+    def _note(self, prompt: Sequence[int], answer: Completion, tokens: Sequence[int]) -> None:
+        self._unremembered.append(partial(self._engine.tokenizer.answers.remember, prompt, answer, list(tokens)))
+
+    def take_unremembered(self) -> Callable[[], None] | None:
+        """What remembers the answers that have just ended, if any: slow, and to be done before they are given out."""
+        jobs, self._unremembered = self._unremembered, []
+        return partial(_call_all, jobs) if jobs else None
+
     def close(self) -> list[tuple[int, Piece | Completion]]:
         """Give the ends of answers for which there was no room."""
         closed = [self._numbered(first, one.close()) for first, one in zip(self._firsts, self._answers, strict=True)]
@@ -155,3 +164,8 @@ class Answering:
     def usage(self) -> dict[str, Any]:
         """The token counts, once all have ended."""
         return shapes.usage(self._timings, self.completion_tokens)
+
+
+def _call_all(jobs: Sequence[Callable[[], None]]) -> None:
+    for job in jobs:
+        job()

@@ -37,29 +37,26 @@ class TokenLog:
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: frozenset[int], offset: int = 0) -> None:
         self._tokenizer, self._stop_ids = tokenizer, stop_ids
-        self._waiting: deque[tuple[int, Shown]] = deque()  # each with the bytes before it
-        self._read, self._shown = 0, 0  # bytes of the tokens, and of the text that was shown
-        self._offset = offset
+        self._waiting: deque[Shown] = deque()
+        self._read = self._shown = offset  # characters of the tokens, and of the text that was shown
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, step: Step) -> list[Shown]:
         """Take a step and give the tokens whose text has begun to be shown."""
         is_end = step.finish_reason == "stop" and step.token in self._stop_ids
         if not is_end:
-            self._waiting.append((self._read, self._token(step)))
-            data = self._tokenizer.token_bytes(step.token)
-            self._read += len(data)
-            self._offset += len(self._decoder.decode(data))
-        self._shown += len(step.text.encode(errors="replace"))
+            self._waiting.append(self._token(step))
+            self._read += len(self._decoder.decode(self._tokenizer.token_bytes(step.token)))
+        self._shown += len(step.text)
         all_shown = step.finish_reason == "length" or is_end
         given = []
-        while self._waiting and (all_shown or self._waiting[0][0] < self._shown):
-            given.append(self._waiting.popleft()[1])
+        while self._waiting and (all_shown or self._waiting[0].offset < self._shown):
+            given.append(self._waiting.popleft())
         return given
 
     def _token(self, step: Step) -> Shown:
         top = tuple((*spell(self._tokenizer, token), max(logprob, LEAST)) for token, logprob in step.top)
-        return Shown(*spell(self._tokenizer, step.token), max(step.logprob, LEAST), top, self._offset)
+        return Shown(*spell(self._tokenizer, step.token), max(step.logprob, LEAST), top, self._read)
 
 
 def spell(tokenizer: Tokenizer, token: int) -> tuple[str, bytes]:

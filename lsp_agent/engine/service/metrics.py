@@ -18,6 +18,7 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 _WAITS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _STEPS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 OTHER = "other"
+CLIENTS = "clients"
 
 
 class Metrics:
@@ -99,20 +100,22 @@ class _Status(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """See prometheus_client."""
-        status = self._read()
+        status = dict(self._read())
         families: dict[str, GaugeMetricFamily] = {}
-        for model in status.get("models", ()):
-            for name, value in numbers(model, "lsp_agent_model"):
+        for model, about in status.pop("models", {}).items():
+            for name, value in numbers(about, "lsp_agent_model"):
                 family = families.setdefault(name, GaugeMetricFamily(name, "Of a loaded model.", labels=["model"]))
-                family.add_metric([model["name"]], value)
+                family.add_metric([model], value)
         for name, value in numbers(status, "lsp_agent_engine"):
             families[name] = GaugeMetricFamily(name, "Of the engine.", value=value)
         return families.values()
 
 
 def numbers(status: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    """The numbers of a nested status with the names of their places, lists left out."""
+    """The numbers of a nested status with the names of their places; those by client, who may be anyone, left out."""
     for key, value in status.items():
+        if key == CLIENTS:
+            continue
         name = f"{prefix}_" + "".join(c if c.isascii() and c.isalnum() else "_" for c in key)
         if isinstance(value, Mapping):
             yield from numbers(value, name)

@@ -251,7 +251,10 @@ class EngineServer:
                     answering.begin(self._host.submit(engine, asked, inbox.open()))
                 while (told := await inbox.next()) is not None:
                     stopwatch.step()
-                    for item in chunks(answering.feed(*told)):
+                    parts = answering.feed(*told)
+                    if (remember := answering.take_unremembered()) is not None:
+                        await self._threaded(remember)
+                    for item in chunks(parts):
                         yield item
                 for item in chunks(answering.close()):
                     yield item

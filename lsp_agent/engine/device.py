@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol, cast, get_args
 
 import numpy as np
@@ -141,7 +142,11 @@ class CudaDevice:
             self._stream = self._cupy.cuda.Stream(non_blocking=True)  # the first call that takes memory
         except self._cupy.cuda.runtime.CUDARuntimeError as error:
             raise unusable(error) from error
-        self._stream.use()
+
+    @property
+    def stream(self) -> AbstractContextManager[Any]:
+        """Around all that CuPy is to do: its current stream is each thread's own, and waits for none of this one's."""
+        return cast(AbstractContextManager[Any], self._stream)
 
     def providers(self, options: dict[str, str]) -> list[Any]:
         """See `Device.providers`."""

@@ -1,5 +1,7 @@
 """On the GPU a model says what the exact graph on the CPU says, within fp16's rounding, however its tokens are read."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import gpu_checkpoints
 import numpy as np
 import pytest
@@ -184,3 +186,18 @@ def test_experts_that_are_not_routed_are_not_read(cuda, gpu_package, scheme, pla
     np.testing.assert_array_equal(step(poisoned, tokens, poisoned.new_state(64)), expected)
     poison(weights, {name: count > 0 for name, count in uses.items()})
     assert np.isnan(step(poisoned, tokens, poisoned.new_state(64))).all()
+
+
+def test_another_thread_than_the_one_that_loaded_runs_the_same(decoders):
+    """Also long prompts, whose embeddings take a while: CuPy's current stream is each thread's own."""
+    gpu, _ = decoders("qwen3-next", "int4", context=4096)
+    ids = np.random.RandomState(6).randint(0, 256, 2000)
+    wanted = [read(gpu, ids, gpu.new_state(4096))[-20:], step(gpu, ids[:20], gpu.new_state(4096))]
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(5):
+            found = [
+                pool.submit(read, gpu, ids, gpu.new_state(4096)).result()[-20:],
+                pool.submit(step, gpu, ids[:20], gpu.new_state(4096)).result(),
+            ]
+            np.testing.assert_array_equal(found[0], wanted[0])
+            np.testing.assert_array_equal(found[1], wanted[1])

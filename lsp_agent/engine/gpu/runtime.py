@@ -119,7 +119,8 @@ class GpuRuntime:
 
     def embed(self, ids: np.ndarray) -> Array:
         """fp16 rows [batch, length, hidden] of ids [batch, length], read over the bus from page-locked memory."""
-        rows = self._table[self._device.array(ids)]
-        if rows.dtype == np.uint16:  # bfloat16 is the upper half of fp32
-            rows = (rows.astype(np.uint32) << 16).view(np.float32)
-        return rows.astype(np.float16)
+        with self._device.stream:
+            rows = self._table[self._device.array(ids)]
+            if rows.dtype == np.uint16:  # bfloat16 is the upper half of fp32
+                rows = (rows.astype(np.uint32) << 16).view(np.float32)
+            return rows.astype(np.float16)

@@ -22,9 +22,6 @@ class _Stream:
     def __init__(self, non_blocking: bool = False) -> None:
         assert non_blocking
 
-    def use(self) -> None:
-        """Nothing to do."""
-
 
 def fake_cupy(
     driver: int = 13000,

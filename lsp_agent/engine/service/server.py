@@ -203,6 +203,7 @@ class EngineServer:
             with self._admission.enter(asker.client):
                 engine, model = await self._engine(body.model)
                 prepared = await self._threaded(prepare, engine, model, body, asker)
+                asker.cancel.raise_if_cancelled()
                 about = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
                 about["system_fingerprint"] = shapes.FINGERPRINT
                 items = self._answer(engine, body, prepared, inbox, stopwatch)

@@ -75,13 +75,14 @@ class EngineEndpoint:
         """See `Endpoint.again`: once if the engine died, and whenever it is about to leave."""
         if not isinstance(failure, Reply):
             return attempt == 0
-        code = _code(failure)
         about = self.about
-        if code == STOPPING:
+        if failure.code == STOPPING:
             self._leaving = about
             return attempt < MOST_STOPS
         # A new process may use the GPU, or the CPU where the device was not chosen.
-        return code == GpuLost.code and attempt == 0 and launch.wait_until(lambda: launch.gone(about), LOST_GPU_S)
+        return (
+            failure.code == GpuLost.code and attempt == 0 and launch.wait_until(lambda: launch.gone(about), LOST_GPU_S)
+        )
 
     def explain(self, error: httpx.TransportError) -> UserError:  # noqa: ARG002 - the protocol's
         """See `Endpoint.explain`."""
@@ -112,14 +113,6 @@ class _told:  # noqa: N801 - used as a function
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, httpx.TransportError):
             raise UserError(f"The engine stops each time it is asked; see {self._where.log}.") from error
-
-
-def _code(reply: Reply) -> str | None:
-    try:
-        code: str | None = reply.body["error"]["code"]
-        return code
-    except (KeyError, TypeError):
-        return None
 
 
 class EngineModel(OpenAiModel):

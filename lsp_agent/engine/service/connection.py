@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 import httpx
 
 from lsp_agent.cancel import CancelToken
+from lsp_agent.engine.gpu.errors import GpuLost
 from lsp_agent.engine.service.replies import Collected
 from lsp_agent.errors import Cancelled, UserError
 
@@ -54,6 +55,15 @@ class Reply:
     status: int
     body: Any
     headers: httpx.Headers = field(default_factory=httpx.Headers, repr=False)
+
+    @property
+    def code(self) -> str | None:
+        """OpenAI's name of the error, if it has one."""
+        try:
+            code: str | None = self.body["error"]["code"]
+            return code
+        except (KeyError, TypeError):
+            return None
 
 
 class Endpoint(Protocol):
@@ -121,7 +131,7 @@ class Connection:
                 failures += 1
                 continue
             delay = _delay(reply, waits)
-            if reply.status not in BUSY or waited + delay > LONGEST_WAIT_S:
+            if reply.status not in BUSY or waited + delay > LONGEST_WAIT_S or reply.code == GpuLost.code:
                 return reply
             waits, waited = waits + 1, waited + delay
             self._pause(delay, cancel)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lsp_agent.engine.chat_template import render
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.generation import Generation
 from lsp_agent.engine.gpu.errors import GpuLost, explain
@@ -221,6 +222,8 @@ class EngineHost:
 
     def _open(self, source: Source, report: OnProgress) -> Resident:
         stamp, started = source.stamp, time.monotonic()
+        # What renders chat templates takes seconds to start: meanwhile.
+        threading.Thread(target=render, args=("", (), (), {}), name="warm up", daemon=True).start()
         engine = Engine.load(source.package, threads=self._threads, context=source.context, on_progress=report)
         log.info("loaded %s in %.1f s", source.name, time.monotonic() - started)
         return Resident(source, engine, source.name, stamp)

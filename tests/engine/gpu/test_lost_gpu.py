@@ -63,7 +63,7 @@ def model(tmp_path: Path, tiny_package, monkeypatch: pytest.MonkeyPatch):
 
 
 def ask(client: EngineModel) -> int:
-    [answer] = client.chat([{"role": "user", "content": "Hi"}], Sampling(max_tokens=3), CancelToken())
+    [answer] = client.infill("x = 1\n", "\n", Sampling(max_tokens=3), CancelToken())
     return answer.usage.completion_tokens
 
 

@@ -8,10 +8,11 @@ are laid out for B rows, and anew when B changes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import numpy as np
 import onnxruntime as ort
 
 from lsp_agent.engine.device import Array, Device, bind_input, bind_output
@@ -32,7 +33,7 @@ class Row(Generic[Owner]):
 class Batch(Generic[Owner]):
     """Rows for at most `most` sequences of up to `capacity` tokens; the rows of a run are the first `width`."""
 
-    def __init__(self, specs: Iterable[StateSpec], capacity: int, most: int, device: Device) -> None:
+    def __init__(self, specs: Sequence[StateSpec], capacity: int, most: int, device: Device) -> None:
         self.capacity, self.most = capacity, most
         self.rows: list[Row[Owner]] = []
         self.width = 0
@@ -48,6 +49,10 @@ class Batch(Generic[Owner]):
                 self._growing[spec.past] = device.zeros((most, heads, capacity, size), spec.dtype)
             else:
                 self._flat[spec.past] = device.zeros((2 * most * math.prod(spec.shape),), spec.dtype)
+        self.written = 0
+        """Bytes of keys and values that rows have held at the most, one after the other or at once."""
+        self._a_token = sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in specs if spec.growing)
+        self._longest = [0] * most
         self._shapes = {spec.past: spec.shape for spec in self._specs}
         self._views: dict[int, dict[str, Array]] = {}  # by width
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}  # by width and turn
@@ -119,6 +124,9 @@ class Batch(Generic[Owner]):
                 new = source.buffers[name][0, :, row.length : source.length]
                 self._device.assign(array[place, :, row.length : source.length], new)
             row.length, row.fresh = source.length, False
+            if row.length > self._longest[place]:
+                self.written += (row.length - self._longest[place]) * self._a_token
+                self._longest[place] = row.length
         if not row.fresh:
             self._widen(place + 1)
             for name, array in source.recurrent.items():

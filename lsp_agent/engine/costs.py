@@ -8,6 +8,8 @@ DECAY = 0.9
 """Weight of what was known at each new measurement."""
 RETRY = 256
 """Steps after which a way of stepping that was slower is tried again: costs change with lengths and neighbours."""
+PRIOR = 0.3
+"""What a further sequence adds to a step, in steps, before it was measured."""
 
 
 class PromptCosts:
@@ -39,11 +41,13 @@ class PromptCosts:
 
 
 class StepCosts:
-    """Seconds of a step of 1, 2, … sequences together."""
+    """Seconds of a step of 1, 2, … sequences together, and of copying tokens into their rows."""
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
         self._asked = 0
+        self._a_copy: float | None = None  # seconds a token
+        self._missed = 0.0
 
     def note(self, sequences: int, seconds: float) -> None:
         """Learn from a step; a single slow one (the first captures, allocates) counts little."""
@@ -53,13 +57,29 @@ class StepCosts:
         else:
             self._seconds[sequences] = min(known + 0.2 * (seconds - known), 2 * known)
 
-    def together(self, sequences: int) -> bool:
-        """Whether that many sequences are best stepped in one run, not one after the other; tried where not known."""
+    def note_copy(self, tokens: int, seconds: float) -> None:
+        """Learn what copying `tokens` took."""
+        if tokens:
+            known = seconds / tokens if self._a_copy is None else self._a_copy
+            self._a_copy = known + 0.5 * (seconds / tokens - known)
+        self._missed = 0.0
+
+    def together(self, sequences: int, tokens: int) -> bool:
+        """Whether that many sequences are best stepped in one run, not one after the other; tried where not known.
+
+        Where `tokens` must be copied for that, steps are taken one by one until what this lost is as much as the copy
+        costs: then it is worth it, however soon one of them ends (as skis are rented before they are bought).
+        """
         self._asked += 1
-        one, all_ = self._seconds.get(1), self._seconds.get(sequences)
-        if one is None or all_ is None or self._asked % RETRY == 0:
+        one = self._seconds.get(1)
+        if one is None:
             return True
-        return all_ < sequences * one
+        all_ = self._seconds.get(sequences, one * (1 + PRIOR * (sequences - 1)))
+        saved = sequences * one - all_
+        if saved <= 0 and self._asked % RETRY:
+            return False
+        self._missed += max(saved, 0.0)
+        return tokens * (self._a_copy or 0.0) <= self._missed
 
     def speed(self, sequences: int) -> float:
         """Tokens that so many decode, as they are best stepped, in the time of one step alone."""

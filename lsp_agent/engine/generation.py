@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from lsp_agent.errors import Cancelled
 
 if TYPE_CHECKING:
     from lsp_agent.engine.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
 
 OnStep = Callable[[Step | Exception | None], None]
 """Called on the engine's thread with each step, then once with None or with the error that ended the request."""
@@ -42,8 +45,12 @@ class Job:
         """Hand out a step, or the end."""
         if self.on_step is None:
             self.results.append(result)
-        else:
+            return
+        try:
             self.on_step(result)
+        except Exception:  # others' requests go on
+            log.exception("A step could not be handed out; its request is dropped.")
+            self.abandoned = True
 
     def end(self, error: Exception | None = None) -> None:
         """Hand out the end, once."""

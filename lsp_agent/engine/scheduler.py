@@ -31,6 +31,8 @@ PIECE_S = 0.25
 """Seconds of reading in one piece while others wait."""
 SHORTEST_PIECE = 8
 """A piece is at least the device's chunk of a prompt divided by this."""
+FULL_S = 0.1
+"""Time for which nobody asks for a state again, while there is other work, unless one is given back."""
 QUANTUM_S = 4.0
 """Time after which a state changes hands between requests of the same priority where there are too few."""
 
@@ -57,6 +59,7 @@ class Scheduler:
         self._jobs: list[Job] = []
         self._waiting: list[Decoding] = []  # for a state, or for more of their prompts to be read
         self._decoding: list[Decoding] = []
+        self._full_until = 0.0  # all states were taken a moment ago
         self._policy, self._prompt_costs = Policy(), PromptCosts()
         self._stepper = Stepper(decoder, rows, row_capacity, clock)
 
@@ -133,9 +136,13 @@ class Scheduler:
     def _take_state(self, one: Decoding, now: float) -> bool:
         """Give it a state, somebody else's if need be."""
         request = one.job.request
-        state = self._prefixes.take(one.ids, request.boundaries)
+        busy = self._decoding or any(other.state is not None for other in self._waiting)
+        state = None
+        if not busy or now >= self._full_until:
+            state = self._prefixes.take(one.ids, request.boundaries)
         while state is None:
             if not self._free_state(one, now):
+                self._full_until = now + FULL_S
                 return False
             state = self._prefixes.take(one.ids, request.boundaries)
         one.state, one.held_since = state, now
@@ -146,7 +153,9 @@ class Scheduler:
 
     def _free_state(self, waiting: Decoding, now: float) -> bool:
         """Take a state from somebody: who can go on in a row loses nothing, others wait with what they have drawn."""
-        for one in self._decoding:
+        for one in sorted(
+            self._decoding, key=lambda one: one.job.timings.drafted_tokens
+        ):  # in a row nothing is drafted
             if one.state is not None and self._stepper.to_row(one):
                 self._release(one)
                 return True
@@ -155,17 +164,26 @@ class Scheduler:
         if victim is None:
             return False
         if victim in self._decoding:
-            self._decoding.remove(victim)
-            self._waiting.append(victim)
-            self._stepper.leave(victim)
-            victim.progressed = now
+            self._swap_out(victim, now)
         self._release(victim)
         return True
+
+    def _swap_out(self, one: Decoding, now: float) -> None:
+        """Let it wait until it can go on; all that it has read is remembered."""
+        self._decoding.remove(one)
+        self._waiting.append(one)
+        self._leave_row(one)
+        one.progressed = now
+
+    def _leave_row(self, one: Decoding) -> None:
+        if one.state is None and (held := self._stepper.row_state(one)) is not None:
+            self._prefixes.keep(held)
+        self._stepper.leave(one)
 
     def _release(self, one: Decoding) -> None:
         if one.state is not None:
             self._prefixes.release(one.state)
-            one.state = None
+            one.state, self._full_until = None, 0.0
 
     # Reading
 
@@ -219,6 +237,7 @@ class Scheduler:
     # Decoding
 
     def _step(self) -> None:
+        self._mend_rows()
         started, decoding = self._clock(), list(self._decoding)
         for one, error in self._stepper.step(decoding, lambda one, step: one.job.give(step)):
             self._fail(one, error)
@@ -230,6 +249,20 @@ class Scheduler:
         for job in {id(one.job): one.job for one in decoding}.values():
             job.timings.decode_s += now - started
             self._end_if_done(job)
+
+    def _mend_rows(self) -> None:
+        """Give a state to those who have only a row and need more, because it is full or to verify guesses."""
+        now = self._clock()
+        for one in list(self._decoding):
+            if one.state is not None:
+                continue
+            full = self._stepper.outgrown(one)
+            if full or (not self._waiting and len(one.job.decodings) == 1 and now - one.held_since > QUANTUM_S):
+                one.held_since = now
+                one.state = self._prefixes.take(one.ids)
+                self._stepper.sync(one)
+            if full:
+                self._swap_out(one, now)
 
     # Ends
 
@@ -259,9 +292,7 @@ class Scheduler:
     def _retire(self, one: Decoding) -> None:
         """Give back what an answer held; what it read is remembered."""
         one.ended = True
-        if one.state is None and (held := self._stepper.row_state(one)) is not None:
-            self._prefixes.keep(held)
-        self._stepper.leave(one)
+        self._leave_row(one)
         self._release(one)
         for queue in (self._waiting, self._decoding):
             if one in queue:

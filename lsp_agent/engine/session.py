@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
@@ -26,6 +26,7 @@ from lsp_agent.engine.verification import Verified
 from lsp_agent.errors import Cancelled, UserError
 
 if TYPE_CHECKING:
+    from lsp_agent.engine.batch import Batch
     from lsp_agent.engine.gpu.placement import Placement
     from lsp_agent.engine.gpu.runtime import GpuRuntime
     from lsp_agent.engine.gpu.steps import StepRunner
@@ -129,7 +130,9 @@ class Decoder:
         """An empty state in the device's memory."""
         return State(self.states, capacity, batch, self.device)
 
-    def run(self, ids: np.ndarray, state: State, rows: Sequence[int], cancel: CancelToken | None = None) -> np.ndarray:
+    def run(
+        self, ids: np.ndarray, state: State | Batch[Any], rows: Sequence[int], cancel: CancelToken | None = None
+    ) -> np.ndarray:
         """Append `ids` [batch, length] to `state` and return logits [len(rows), vocabulary], fp32.
 
         `rows` index the batch * length positions. The caller counts the tokens (`state.extend`).
@@ -143,7 +146,7 @@ class Decoder:
         self,
         binding: ort.IOBinding,
         ids: np.ndarray,
-        state: State,
+        state: State | Batch[Any],
         rows: Sequence[int],
         cancel: CancelToken | None = None,
         kept: int = 0,
@@ -183,7 +186,7 @@ class Decoder:
             done.set()  # the watcher ends within its next poll; waiting for it would take as long
         return device.host(logits)[0, :wanted].astype(np.float32, copy=False)
 
-    def step(self, tokens: Sequence[int], state: State) -> list[Logits]:
+    def step(self, tokens: Sequence[int], state: State | Batch[Any]) -> list[Logits]:
         """Append one token to each sequence of `state`; returns what each says next. See `run`."""
         steps = self._gpu.steps if self._gpu else None
         if steps is not None and steps.covers(len(tokens)):

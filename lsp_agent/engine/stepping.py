@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from lsp_agent.engine.batch import Batch, Row
 from lsp_agent.engine.costs import StepCosts
 from lsp_agent.engine.decoding import Decoding
 from lsp_agent.engine.request import Step
 from lsp_agent.engine.run_costs import RunCosts
+from lsp_agent.engine.sampling import Logits
 from lsp_agent.engine.session import Decoder
 from lsp_agent.engine.state import State
 
@@ -17,6 +19,9 @@ log = logging.getLogger(__name__)
 
 RIGHT = 0.8
 """Share of a proposed guess that is expected to be right, where its cost is compared with that of steps together."""
+
+KEPT_BYTES = 2**28
+"""Main memory that rows keep for later ones, which need not be given zeroed pages again."""
 
 Emit = Callable[[Decoding, Step], None]
 
@@ -40,7 +45,7 @@ class Stepper:
         rows = self._take_rows(together)
         for one in decoding:
             if drafts[id(one)]:
-                yield from self._guarded(one, lambda one, emit: self._verify(one, drafts[id(one)], emit), emit)
+                yield from self._guarded(one, partial(self._verify, draft=drafts[id(one)]), emit)
             elif id(one) not in rows:
                 yield from self._guarded(one, self._single, emit)
         if rows:
@@ -80,9 +85,14 @@ class Stepper:
         return self._batch.view(row, one.ids)
 
     def rest(self) -> None:
-        """Give back the memory that nobody needs while nobody decodes."""
-        if self._batch is not None and not self._batch.rows and self._decoder.device.name == "cpu":
+        """Give main memory back while nobody decodes, unless it is little."""
+        batch = self._batch
+        if batch is not None and not batch.rows and self._decoder.device.name == "cpu" and batch.written > KEPT_BYTES:
             self._batch = None
+
+    def outgrown(self, one: Decoding) -> bool:
+        """Whether its next token has no place in a row."""
+        return len(one.ids) > self._row_capacity
 
     def _row(self, one: Decoding) -> Row[Decoding] | None:
         return self._batch.find(one) if self._batch is not None else None
@@ -100,7 +110,7 @@ class Stepper:
         self.sync(one)
         draft = one.propose(self._decoder.most_verified - 1, self.run_costs)
         if draft:
-            self._verify(one, draft, emit)
+            self._verify(one, emit, draft)
         else:
             self._single(one, emit)
 
@@ -117,7 +127,7 @@ class Stepper:
         state.extend(one.ids[-1:])
         emit(one, one.draw(logits))
 
-    def _verify(self, one: Decoding, draft: list[int], emit: Emit) -> None:
+    def _verify(self, one: Decoding, emit: Emit, draft: Sequence[int]) -> None:
         """A run over the last token and guesses after it; draws from the model's own logits decide them."""
         self.sync(one)
         state, timings = one.state, one.job.timings
@@ -151,21 +161,20 @@ class Stepper:
 
     def _take_rows(self, together: Sequence[Decoding]) -> dict[int, Row[Decoding]]:
         """Rows for those who are to step in one run, by their ids; without for those who step alone."""
-        rows = {}
-        for one in together:
-            if one.state is None and (row := self._row(one)) is not None:
-                rows[id(one)] = row  # it has nothing else
-        fitting = [one for one in together if len(one.ids) < self._row_capacity]
-        count = min(len(fitting), self._rows)
-        if (count < 2 or not self._costs.together(count)) and not rows:
+        rows = {id(one): row for one in together if (row := self._row(one)) is not None}
+        bound = {id(one) for one in together if one.state is None}  # a row is all that they have
+        fitting = [one for one in together if not self.outgrown(one)]
+        fitting = sorted(fitting, key=lambda one: id(one) not in bound)[: self._rows]
+        missing = sum(len(one.ids) - (rows[id(one)].length if id(one) in rows else 0) - 1 for one in fitting)
+        if not bound and (len(fitting) < 2 or not self._costs.together(len(fitting), missing)):
             return {}
-        for one in fitting:
-            if id(one) not in rows and (row := self._join(one, one.state)) is not None:
-                rows[id(one)] = row
-        return rows
+        started = self._clock()
+        joined = {id(one): row for one in fitting if (row := self._join(one, one.state)) is not None}
+        self._costs.note_copy(missing, self._clock() - started)
+        return joined
 
     def _join(self, one: Decoding, source: State | None) -> Row[Decoding] | None:
-        if self._row_capacity <= len(one.ids) or self._rows < 2:
+        if self.outgrown(one) or self._rows < 2:
             return None
         row = self._row(one)
         if row is not None and (source is None or (row.fresh and row.length >= source.length)):
@@ -185,7 +194,7 @@ class Stepper:
             return None
 
     def _make_room(self) -> bool:
-        """Free a row whose owner has a state of its own and does not step with the others now."""
+        """Free a row whose owner has a state of its own and did not step with the others."""
         assert self._batch is not None
         for row in self._batch.rows:
             if row.owner.state is not None and not row.fresh:
@@ -210,7 +219,10 @@ class Stepper:
         for row, said in zip(taken, logits, strict=True):
             if id(row.owner) in stepping:
                 row.length += 1
-                yield from self._guarded(row.owner, lambda one, emit, said=said: emit(one, one.draw(said)), emit)
+                yield from self._guarded(row.owner, partial(self._draw, logits=said), emit)
+
+    def _draw(self, one: Decoding, emit: Emit, logits: Logits) -> None:
+        emit(one, one.draw(logits))
 
     def _failed(self, decoding: Sequence[Decoding], error: Exception) -> Iterator[tuple[Decoding, Exception]]:
         """A run of several failed: who has a state of its own goes on alone, since it may not have been the cause."""

@@ -37,14 +37,19 @@ def doctor(as_json: bool) -> int:
 
 def examine() -> dict[str, Any]:
     """Collect the report; every part of it is plain data."""
+    backend = _backend()
     choice = select.choose(store.installed(), machine.usable_memory())
     runtime = _onnxruntime()
     device, why, wrong_device = ("", "", "") if runtime["problem"] else _device()
     problems = [sentence for sentence in (runtime["problem"], wrong_device, choice.advice) if sentence]
+    name = choice.model.name if choice.model else None
+    if backend is not None:  # what this machine lacks does not matter
+        problems, name = [backend["problem"]] if backend["problem"] else [], backend["model"]
     return {
         "usable": not problems,
         "problems": problems,
-        "model": choice.model.name if choice.model else None,
+        "model": name,
+        "backend": backend,
         "models": [vars(candidate) for candidate in choice.candidates],
         "version": __version__,
         "python": {"version": platform.python_version(), "executable": sys.executable},
@@ -59,6 +64,26 @@ def examine() -> dict[str, Any]:
             for name, folder in (("cache", paths.cache_dir()), ("state", paths.state_dir()))
         },
     }
+
+
+def _backend() -> dict[str, Any] | None:
+    """The model server of the user's settings, and what it says; None where there is none."""
+    from lsp_agent.config import load_settings
+
+    backend = load_settings(None).backend
+    if backend is None:
+        return None
+    from lsp_agent.engine.service.backend import check, key_of
+
+    report: dict[str, Any] = {"url": backend.url, "model": backend.model, "key": "", "problem": ""}
+    try:
+        report["key"] = key_of(backend)[1]
+        found = check(backend)
+    except UserError as error:
+        return {**report, "problem": str(error)}
+    family = found.family.name if found.family else None
+    known = {"model": found.name, "server": found.kind, "context_length": found.context_length}
+    return {**report, **known, "tier": found.tier, "family": family}
 
 
 def _onnxruntime() -> dict[str, Any]:
@@ -134,6 +159,15 @@ def _writable(folder: Path) -> bool:
     return os.access(existing, os.W_OK)
 
 
+def _told(backend: dict[str, Any]) -> str:
+    """What the model server said, and whether it gets a key."""
+    key = f"key from the {backend['key']}" if backend["key"] else "no key"
+    if "server" not in backend:
+        return key
+    name = "unknown server" if backend["server"] == "other" else backend["server"]
+    return f"{name}, {backend['tier']}, {backend['context_length']:,} tokens, {key}"
+
+
 def _print(report: dict[str, Any]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -145,6 +179,8 @@ def _print(report: dict[str, Any]) -> None:
         return f"{count / 1e9:.1f} GB"
 
     table.add_row("model", report["model"] or "none")
+    if backend := report["backend"]:
+        table.add_row("", f"on {backend['url']} ({_told(backend)})")
     for candidate in report["models"]:
         table.add_row("", f"{candidate['name']} ({candidate['tier']}): {candidate['reason']}")
     table.add_row("lsp-agent", f"{report['version']}, Python {report['python']['version']} ({sys.executable})")

@@ -16,6 +16,7 @@ from lsp_agent.commands.fix import interruptible
 from lsp_agent.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
+    from lsp_agent.config import Backend
     from lsp_agent.evals.humanevalfix import Task
 
 
@@ -51,9 +52,11 @@ def humanevalfix(
     fix-summary.json there, or single-shot.jsonl and single-shot-summary.json; a second run with the same model, seed
     and time goes on where the first ended.
     """
+    from lsp_agent.config import load_settings
     from lsp_agent.evals import harness
     from lsp_agent.evals.humanevalfix import load
 
+    backend = load_settings(None).backend
     os.environ[harness.NO_PLUGINS] = "1"
     tasks = load(file)
     if names:
@@ -67,7 +70,7 @@ def humanevalfix(
     results = out / f"{kind}.jsonl" if out else None
     rows = harness.read_rows(results) if results else []
     if results and rows:
-        harness.check_same_settings(results, rows, harness.settings(_model_name(model), seed, max_seconds))
+        harness.check_same_settings(results, rows, harness.settings(_model_name(model, backend), seed, max_seconds))
     done = {row["task_id"] for row in rows}
     todo: queue.SimpleQueue[Task] = queue.SimpleQueue()
     for task in tasks:
@@ -81,7 +84,7 @@ def humanevalfix(
         from lsp_agent.models import open_model
 
         try:
-            opened = open_model(model, cancel)
+            opened = open_model(model, cancel, backend=backend)
             try:
                 while not cancel.cancelled:
                     try:
@@ -118,11 +121,15 @@ def humanevalfix(
     return ExitCode.OK
 
 
-def _model_name(model: str | None) -> str:
+def _model_name(model: str | None, backend: Backend | None) -> str:
     """The name that rows made with this choice of a model carry."""
     from lsp_agent.models import SCRIPTED
     from lsp_agent.models.store import resolve
 
+    if model is None and backend is not None:
+        from lsp_agent.engine.service.backend import check
+
+        return check(backend).name
     return model if model and model.startswith(SCRIPTED) else resolve(model).name
 
 

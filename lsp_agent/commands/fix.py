@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -89,7 +90,8 @@ def fix(
             workspace.root, interpreter=settings.interpreter, pytest_args=settings.pytest_args, sandbox=sandbox
         )
         with interruptible(cancel), progress:
-            result = run_fix(request, workspace, runner, open_model, progress.on_event, cancel)
+            opener = partial(open_model, backend=settings.backend)
+            result = run_fix(request, workspace, runner, opener, progress.on_event, cancel)
             applied = None
             if result.status == "green" and not dry_run:
                 cancel.raise_if_cancelled()

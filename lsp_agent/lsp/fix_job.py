@@ -6,6 +6,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from lsprotocol import types
@@ -79,7 +80,8 @@ def run_fix(folder: Folder, job: Job, nodeids: tuple[str, ...]) -> Ending:
     )
     watcher = _Progress(folder, job, request.limits, runner, documents)
     digest = workspace.digest()
-    result = fix(request, workspace, runner, folder.models.open, watcher, job.cancel)
+    open_model = partial(folder.models.open, backend=settings.backend)
+    result = fix(request, workspace, runner, open_model, watcher, job.cancel)
     if result.status != "green":
         return _without_change(folder, result)
     run_id, changes = _apply(folder, job, runner, digest, result)

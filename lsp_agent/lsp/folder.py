@@ -79,7 +79,7 @@ class Folder:
     def model_problem(self) -> str | None:
         """Why no model can be opened here, from what is known without waiting."""
         settings = self._settings
-        return self.models.problem(settings.model) if settings is not None else None
+        return self.models.problem(settings.model, settings.backend) if settings is not None else None
 
     # what jobs work with ------------------------------------------------------------------------------------------
 

@@ -49,7 +49,7 @@ def _recover(folder: Folder) -> None:
 
 
 def _look_for_model(folder: Folder) -> None:
-    folder.models.check(folder.settings.model)
+    folder.models.check(folder.settings.model, folder.settings.backend)
     # Imported now, so that the first job need not wait for it.
     import lsp_agent.lsp.fix_job  # noqa: F401
 

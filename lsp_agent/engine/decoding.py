@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lsp_agent.engine.drafting import CopyDrafter
+from lsp_agent.engine.drafting import GAIN, CopyDrafter
 from lsp_agent.engine.request import FinishReason, Step
 from lsp_agent.engine.run_costs import RunCosts
 from lsp_agent.engine.sampling import Logits, Sampler, best_log_probabilities
@@ -71,16 +71,18 @@ class Decoding:
         logprob = logits.log_probability(token)
         return Step(self.index, token, text, logprob, reason, best_log_probabilities(logits, request.top))
 
-    def propose(self, most: int, costs: RunCosts) -> list[int]:
-        """Up to `most` tokens that may well come next: those that must, else those that pay by the `costs` of runs."""
+    def propose(self, most: int, costs: RunCosts, least: float = 1.0) -> list[int]:
+        """Up to `most` tokens that may well come next, where verifying them by the `costs` of runs is expected to be
+        `least` times as fast as single steps: those that must come, else those that the drafter guesses."""
         room = min(most, self._limit - len(self.ids) - 1)
         if room <= 0 or not self.job.request.drafting:
             return []
         forced = self._constraint.forced() if self._constraint is not None else []
         if forced:
-            return forced[:room]
+            draft = forced[:room]
+            return draft if 1 + len(draft) > least * costs.of(1 + len(draft)) else []
         if self._drafter is None:
             request = self.job.request
             self._drafter = CopyDrafter(request.prompt, request.prediction, costs)
             self._drafter.extend(self.ids[len(request.prompt) :])
-        return self._drafter.propose(room)
+        return self._drafter.propose(room, max(least, GAIN))

@@ -6,6 +6,7 @@ A request waits for a state, reads its prompt in pieces, and decodes; who decode
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from lsp_agent.engine.prefix_cache import PrefixCache
 from lsp_agent.engine.request import Request
 from lsp_agent.engine.sampling import Logits
 from lsp_agent.engine.session import Decoder
+from lsp_agent.engine.state import State
 from lsp_agent.engine.stepping import Stepper
 from lsp_agent.engine.tokens import Tokenizer
 from lsp_agent.errors import Cancelled, PromptTooLong, UserError
@@ -33,6 +35,8 @@ SHORTEST_PIECE = 8
 """A piece is at least the device's chunk of a prompt divided by this."""
 FULL_S = 0.1
 """Time for which nobody asks for a state again, while there is other work, unless one is given back."""
+MOVE_S = 0.1
+"""Seconds of moving tokens from and to main memory at a time, while others decode."""
 QUANTUM_S = 4.0
 """Time after which a state changes hands between requests of the same priority where there are too few."""
 
@@ -108,6 +112,8 @@ class Scheduler:
             if reader.state is not None or self._take_state(reader, now):
                 self._guarded(reader, self._read)
                 return True
+            if self._prefixes.unfinished:
+                break
         if self._decoding:
             self._step()
             return True
@@ -135,27 +141,30 @@ class Scheduler:
 
     def _take_state(self, one: Decoding, now: float) -> bool:
         """Give it a state, somebody else's if need be."""
-        request = one.job.request
         busy = self._decoding or any(other.state is not None for other in self._waiting)
         state = None
         if not busy or now >= self._full_until:
-            state = self._prefixes.take(one.ids, request.boundaries)
-        while state is None:
+            state = self._take(one)
+        while state is None and not self._prefixes.unfinished:
             if not self._free_state(one, now):
                 self._full_until = now + FULL_S
-                return False
-            state = self._prefixes.take(one.ids, request.boundaries)
+                break
+            state = self._take(one)
+        if state is None:
+            return False
         one.state, one.held_since = state, now
         if not one.drawn:
             one.job.timings.queued_s = now - one.job.arrived
             one.job.timings.cached_tokens = state.length
         return True
 
+    def _take(self, one: Decoding) -> State | None:
+        return self._prefixes.take(one.ids, one.job.request.boundaries, MOVE_S if self._decoding else math.inf)
+
     def _free_state(self, waiting: Decoding, now: float) -> bool:
         """Take a state from somebody: who can go on in a row loses nothing, others wait with what they have drawn."""
-        for one in sorted(
-            self._decoding, key=lambda one: one.job.timings.drafted_tokens
-        ):  # in a row nothing is drafted
+        # In a row nothing is drafted, so those first to whom that means least.
+        for one in sorted(self._decoding, key=lambda one: one.job.timings.drafted_tokens):
             if one.state is not None and self._stepper.to_row(one):
                 self._release(one)
                 return True

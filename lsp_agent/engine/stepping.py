@@ -17,9 +17,6 @@ from lsp_agent.engine.state import State
 
 log = logging.getLogger(__name__)
 
-RIGHT = 0.8
-"""Share of a proposed guess that is expected to be right, where its cost is compared with that of steps together."""
-
 KEPT_BYTES = 2**28
 """Main memory that rows keep for later ones, which need not be given zeroed pages again."""
 
@@ -40,6 +37,9 @@ class Stepper:
         if len(decoding) == 1 and decoding[0].state is not None:
             yield from self._guarded(decoding[0], self._alone, emit)
             return
+        for one in decoding:
+            if self.outgrown(one):
+                self.leave(one)
         drafts = {id(one): self._draft(one, len(decoding)) for one in decoding}
         together = [one for one in decoding if not drafts[id(one)]]
         rows = self._take_rows(together)
@@ -153,11 +153,7 @@ class Stepper:
         """Guesses that are worth a run of their own although others step together."""
         if one.state is None:
             return []
-        draft = one.propose(self._decoder.most_verified - 1, self.run_costs)
-        if not draft:
-            return []
-        speed = (1 + RIGHT * len(draft)) / self.run_costs.of(1 + len(draft))
-        return draft if speed > self._costs.speed(others) else []
+        return one.propose(self._decoder.most_verified - 1, self.run_costs, self._costs.speed(others))
 
     def _take_rows(self, together: Sequence[Decoding]) -> dict[int, Row[Decoding]]:
         """Rows for those who are to step in one run, by their ids; without for those who step alone."""

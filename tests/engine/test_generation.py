@@ -176,7 +176,7 @@ def test_what_a_rejected_draft_left_in_the_cache_is_not_used(tiny_engine, monkey
     engine = tiny_engine()
     ids = engine.tokenizer.encode(PROMPT)
     plain = [step.token for step in engine.generate(ids, Sampling(max_tokens=20), CancelToken(), stop_ids=())]
-    monkeypatch.setattr(CopyDrafter, "propose", lambda self, limit: [plain[0], 3, 4][:limit])
+    monkeypatch.setattr(CopyDrafter, "propose", lambda self, limit, least: [plain[0], 3, 4][:limit])
     drafted = engine.generate(ids, Sampling(max_tokens=20), CancelToken(), stop_ids=())
     assert [step.token for step in drafted] == plain
     assert drafted.timings.accepted_tokens < drafted.timings.drafted_tokens

@@ -7,6 +7,7 @@ import pytest
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
+from lsp_agent.engine.costs import StepCosts
 from lsp_agent.engine.request import INTERACTIVE, ORDINARY, Request, Step
 from lsp_agent.engine.scheduler import Scheduler
 from lsp_agent.errors import Cancelled, PromptTooLong, UserError
@@ -89,6 +90,7 @@ def test_who_joins_and_who_leaves_changes_nothing_for_the_others(engine):
 
 
 def test_a_step_carries_everybody(engine, monkeypatch):
+    monkeypatch.setattr(StepCosts, "together", lambda self, sequences, tokens: True)  # whatever this machine measures
     sizes = []
     step = engine._decoder.step
     monkeypatch.setattr(engine._decoder, "step", lambda tokens, state: sizes.append(len(tokens)) or step(tokens, state))

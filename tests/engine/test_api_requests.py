@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import AnswerFormat, Sampling
 from lsp_agent.engine.request import INTERACTIVE, Request, Timings
 from lsp_agent.engine.service.api_errors import ApiError
+from lsp_agent.engine.service.catalog import ServedModel
 from lsp_agent.engine.service.chat_requests import ChatRequest
 from lsp_agent.engine.service.prepare import STEADY, Asker, Prepared, prepare_chat, prepare_text
 from lsp_agent.engine.service.requests import MAX_SCHEMA, CompletionRequest
@@ -23,11 +25,12 @@ TOOL_ENTRIES = [tool_to_openai(tool) for tool in TOOLS]
 READ = write_qwen3_coder("read_file", {"path": "a.py"})
 ASKER = Asker("me", CancelToken())
 MAKERS = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+MODEL = ServedModel("speaker", 4096, 0, True)
 
 
 def text_prepared(engine: Any = None, **body: Any) -> Prepared:
     engine = engine or Speaker()
-    return prepare_text(engine, MAKERS, None, CompletionRequest(**{"prompt": "ab", **body}), ASKER)
+    return prepare_text(engine, replace(MODEL, sampling=MAKERS), CompletionRequest(**{"prompt": "ab", **body}), ASKER)
 
 
 def text_request(**body: Any) -> Request:
@@ -36,16 +39,14 @@ def text_request(**body: Any) -> Request:
 
 
 def chat_prepared(engine: Any, **body: Any) -> Prepared:
-    return prepare_chat(engine, {}, ChatRequest.model_validate_json(json.dumps({"messages": HI, **body})), ASKER)
+    return prepare_chat(engine, MODEL, ChatRequest.model_validate_json(json.dumps({"messages": HI, **body})), ASKER)
 
 
 def test_what_the_makers_recommend_stands_where_nothing_is_asked() -> None:
     assert text_request().sampling == Sampling(16, 0.7, 20, 0.8)
     asked = text_request(temperature=0.2, top_p=1, top_k=-1, min_p=0.1, repetition_penalty=1.1).sampling
     assert asked == Sampling(16, 0.2, 0, 1, 0.1, 1.1)
-    assert (
-        prepare_text(Speaker(), {}, None, CompletionRequest(prompt="ab"), ASKER).requests[0].sampling.temperature == 1
-    )
+    assert prepare_text(Speaker(), MODEL, CompletionRequest(prompt="ab"), ASKER).requests[0].sampling.temperature == 1
 
 
 def test_a_temperature_next_to_nothing_is_greedy() -> None:
@@ -102,7 +103,7 @@ def test_a_gap_is_branched_off_a_little_before_the_cursor() -> None:
 
 def test_a_model_that_fills_no_gaps_says_so() -> None:
     with pytest.raises(ApiError, match="fill in the middle"):
-        prepare_text(Speaker(), {}, False, CompletionRequest(prompt="a", suffix="b"), ASKER)
+        prepare_text(Speaker(), replace(MODEL, infills=False), CompletionRequest(prompt="a", suffix="b"), ASKER)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ class Admission:
     def __init__(self, most: int = MOST, most_of_a_client: int = MOST_OF_A_CLIENT) -> None:
         self._most, self._most_of_a_client = most, most_of_a_client
         self._under_way: Counter[str] = Counter()
+        self.last_used = time.monotonic()
+        """When a request last ended."""
 
     @property
     def total(self) -> int:
@@ -38,6 +41,7 @@ class Admission:
         try:
             yield
         finally:
+            self.last_used = time.monotonic()
             self._under_way[client] -= 1
             if not self._under_way[client]:
                 del self._under_way[client]

@@ -39,4 +39,4 @@ async def read_json(request: Request, most: int = MAX_BYTES) -> bytes:
 def client_of(request: Request, user: str | None) -> str:
     """Who asks: by the header, by the body's `user`, or else one for each connection."""
     named = request.headers.get(CLIENT_HEADER) or user
-    return (named or getattr(request.state, "connection", ""))[:LONGEST_CLIENT]
+    return str(named or getattr(request.state, "connection", ""))[:LONGEST_CLIENT]

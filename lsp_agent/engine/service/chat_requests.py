@@ -19,7 +19,6 @@ from lsp_agent.engine.service.requests import (
     TextPart,
 )
 from lsp_agent.engine.tool_calls import message_from_openai, tool_from_openai
-from lsp_agent.engine.tool_calls.openai import OURS
 
 MAX_TOOLS = 128
 SCHEMA_DEPTH = 64
@@ -52,7 +51,7 @@ class Call(Part):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
-    ours: dict[str, Any] | None = Field(None, alias=OURS)
+    ours: dict[str, Any] | None = Field(None, alias="lsp_agent")
 
 
 class ChatMessage(Part):

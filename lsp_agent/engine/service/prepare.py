@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from lsp_agent.engine.service.requests import MAX_ANSWERS, CompletionRequest, Ge
 
 if TYPE_CHECKING:
     from lsp_agent.engine.engine import Engine
+    from lsp_agent.engine.service.catalog import ServedModel
 
 COMPLETION_TOKENS = 16
 """Tokens of `/v1/completions` where the request does not say, as in OpenAI's API."""
@@ -54,7 +55,7 @@ class Prepared:
         return sum(request.n for request in self.requests)
 
 
-def prepare_chat(engine: Engine, recommended: Mapping[str, float], body: ChatRequest, asker: Asker) -> Prepared:
+def prepare_chat(engine: Engine, model: ServedModel, body: ChatRequest, asker: Asker) -> Prepared:
     """A conversation; raises `ApiError` and `UserError`."""
     tokenizer = engine.tokenizer
     tools, choice = body.choice()
@@ -70,7 +71,7 @@ def prepare_chat(engine: Engine, recommended: Mapping[str, float], body: ChatReq
         constraint = constraint_for_tools(tools, choice, tokenizer.tool_calls, tokenizer, parallel)
     prompt = engine.chat_prompt(body.conversation(), tools)
     longest = body.max_completion_tokens or body.max_tokens or engine.context_length
-    make = partial(_request, engine, body, asker, body.sampling(recommended, longest), constraint, body.top)
+    make = partial(_request, engine, body, asker, body.sampling(model.sampling, longest), constraint, body.top)
     return Prepared(
         [make(prompt.ids, prompt.boundaries)],
         bool(body.logprobs),
@@ -80,9 +81,7 @@ def prepare_chat(engine: Engine, recommended: Mapping[str, float], body: ChatReq
     )
 
 
-def prepare_text(
-    engine: Engine, recommended: Mapping[str, float], infills: bool | None, body: CompletionRequest, asker: Asker
-) -> Prepared:
+def prepare_text(engine: Engine, model: ServedModel, body: CompletionRequest, asker: Asker) -> Prepared:
     """Prompts to go on with, a gap to fill, or a text to score; raises `ApiError` and `UserError`."""
     if body.suffix is not None and body.echo:
         raise ApiError("echo: cannot be sent with suffix.", param="echo")
@@ -92,14 +91,14 @@ def prepare_text(
         raise ApiError(f"n: {MAX_ANSWERS} answers may be asked for at once, of all prompts.", param="n")
     longest = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     constraint = compile_format(body.answer_format(), engine.tokenizer)
-    sampling = body.sampling(recommended, longest)
+    sampling = body.sampling(model.sampling, longest)
     make = partial(_request, engine, body, asker, sampling, constraint, body.logprobs or 0)
     requests, texts = [], []
     for number, prompt in enumerate(body.prompt):
         ids = _ids(engine, prompt, f"prompt[{number}]") if body.suffix is None else []
         boundaries: list[int] = []
         if body.suffix is not None:
-            if infills is False:
+            if model.infills is False:
                 raise ApiError("suffix: this model was not trained to fill in the middle.", param="suffix")
             if not isinstance(prompt, str):
                 raise ApiError("suffix: send the prompt as text.", param="prompt")
@@ -141,8 +140,8 @@ def _request(
     sampling: Sampling,
     constraint: Callable[[], Constraint] | None,
     top: int,
-    ids: list[int],
-    boundaries: list[int],
+    ids: Sequence[int],
+    boundaries: Sequence[int],
 ) -> Request:
     if body.ignore_eos and constraint is not None:
         raise ApiError("ignore_eos: an answer of a given form must be able to end.", param="ignore_eos")

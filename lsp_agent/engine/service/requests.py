@@ -176,8 +176,9 @@ class GenerationFields(Body):
         return AnswerFormat("json_schema", _text(asked.json_schema.json_schema or {}, "response_format.json_schema"))
 
     def _of_structured_outputs(self) -> list[AnswerFormat]:
-        asked = self.structured_outputs or StructuredOutputs()
-        forms = []
+        asked, forms = self.structured_outputs, list[AnswerFormat]()
+        if asked is None:
+            return forms
         if asked.json_ is not None:
             schema = asked.json_ if isinstance(asked.json_, str) else _text(asked.json_, "structured_outputs.json")
             forms.append(AnswerFormat("json_schema", schema))

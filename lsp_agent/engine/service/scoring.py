@@ -16,9 +16,9 @@ FULL_POLL_S = 0.05
 """Until it is tried again to get a state of the engine's, when all are taken."""
 
 
-async def score(host: EngineHost, engine: Engine, asked: Request, top: int) -> Scoring:
+async def score(host: EngineHost, engine: Engine, asked: Request) -> Scoring:
     """Score a prompt piece by piece; other requests advance in between. Raises `Cancelled` and `UserError`."""
-    scoring = engine.scoring(asked.prompt, asked.cancel, top)
+    scoring = engine.scoring(asked.prompt, asked.cancel, asked.top)
     try:
         while not scoring.done:
             if not await host.call(engine, scoring.advance):

@@ -38,7 +38,7 @@ def usage(timings: Sequence[Timings], completion_tokens: int) -> dict[str, Any]:
 class ChatChoices:
     """Writes the choices of one chat, in pieces or whole: pieces name the role first, and number an answer's calls."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, top: int) -> None:  # noqa: ARG002 - chats name the best tokens in any case
         self._calls: list[int | None] = [None] * n  # calls so far, once the answer has begun
         self._tokens: list[list[Shown]] = [[] for _ in range(n)]  # whose text was shown, not yet written
 

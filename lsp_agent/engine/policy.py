@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from lsp_agent.engine.decoding import Decoding
@@ -12,7 +13,9 @@ HALF_LIFE_S = 30.0
 STICKY_S = 1.0
 """A prompt that is being read goes on until its client is ahead by so much: switching helps nobody."""
 PATIENCE_S = 2.0
-"""Who has waited so long for a piece of a prompt is served among the interactive ones, every other time."""
+"""Who has waited so long for a piece of a prompt goes ahead even of interactive requests."""
+PAUSE_S = 0.5
+"""Time between two pieces of those who had waited so long."""
 STALL_S = 1.0
 """Longest time in which interactive prompts are read while others could decode."""
 MOST_CLIENTS = 1000
@@ -25,7 +28,7 @@ class Policy:
         self._served: dict[str, tuple[float, float]] = {}  # by client: seconds, and when they were right
         self._owed = 0.0  # seconds of decoding for those whom reading kept waiting
         self._stalled = 0.0
-        self._favoured = False  # the last piece went to somebody who had waited long
+        self._favoured = -math.inf  # when a piece last went to somebody who had waited long
 
     def served(self, client: str, now: float) -> float:
         """Seconds of service that a client had lately."""
@@ -54,8 +57,8 @@ class Policy:
         return sorted(waiting, key=key)
 
     def starved(self, one: Decoding, now: float) -> bool:
-        """Whether it has waited long enough to go ahead of others, this time."""
-        return not self._favoured and now - one.progressed > PATIENCE_S
+        """Whether it has waited long enough to go ahead of others now."""
+        return now - one.progressed > PATIENCE_S and now - self._favoured > PAUSE_S
 
     def reads_first(self, reader: Decoding, decoding: Sequence[Decoding], now: float) -> bool:
         """Whether a piece of the reader's prompt comes before a step of those who decode."""
@@ -71,7 +74,8 @@ class Policy:
     def note_read(self, reader: Decoding, decoding: Sequence[Decoding], seconds: float, now: float) -> None:
         """Take note of a piece that was read, while others could have decoded."""
         self.note(reader.job.request.client, seconds, now)
-        self._favoured = self.starved(reader, now - seconds)
+        if self.starved(reader, now - seconds):
+            self._favoured = now
         self._owed = seconds if decoding else 0.0
         self._stalled = self._stalled + seconds if decoding else 0.0
         reader.progressed = now

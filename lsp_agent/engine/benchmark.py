@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from lsp_agent.cancel import CancelToken
+from lsp_agent.engine.batch import Batch
 from lsp_agent.engine.prefill import prefill
 from lsp_agent.engine.sampling import Logits
 from lsp_agent.engine.session import Decoder
-from lsp_agent.engine.state import State
 
 WARM_UP = 8
 """Steps before the first that counts: the first of a state captures its graph."""
@@ -68,21 +68,27 @@ class Benchmark:
             self._state.truncate(context)
         else:
             self._read(context)
-        state = self._state
+        rows: Batch[int] | None = None
         if batch > 1:
-            state = self._decoder.new_state(context + WARM_UP + tokens, batch)
-            state.copy_prefix(self._state, self._state.length)
+            rows = Batch(self._decoder.states, context + WARM_UP + tokens, batch, self._decoder.device)
+            for owner in range(batch):
+                rows.join(owner, self._state)
+            rows.prepare(rows.rows)
         seconds, logits, before = [], [], (0, 0)
         for step in range(WARM_UP + tokens):
             if step == WARM_UP:
                 before = self._decoder.expert_hits()
             ids = self._ids(batch)
             started = time.perf_counter()
-            logits = self._decoder.step(ids, state)
+            logits = self._decoder.step(ids, self._state if rows is None else rows)
             for one in logits:
                 one.top(1)  # waits for the result, as a sampler does
             seconds.append(time.perf_counter() - started)
-            self._count(state, ids)
+            if rows is None:
+                self._state.extend(ids)
+            else:
+                for row in rows.rows:
+                    row.length += 1
         found, used = (now - then for now, then in zip(self._decoder.expert_hits(), before, strict=True))
         kept = seconds[WARM_UP:]
         middle = statistics.median(kept)
@@ -100,12 +106,6 @@ class Benchmark:
     def _ids(self, count: int) -> list[int]:
         ids: list[int] = self._random.integers(0, self._decoder.config.vocabulary, count).tolist()
         return ids
-
-    def _count(self, state: State, ids: Sequence[int]) -> None:
-        if len(ids) == 1:
-            state.extend(ids)
-        else:
-            state.length += 1
 
 
 def _finite(logits: Sequence[Logits]) -> bool:

@@ -12,6 +12,7 @@ import threading
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from lsp_agent.chat_model import Completion, Message
@@ -59,12 +60,10 @@ class AnswerMemory:
     def remember(self, prompt: Sequence[int], completion: Completion, tokens: Sequence[int]) -> None:
         """Take note that `prompt` was answered by `tokens` (with or without an end token), given out as `completion`.
 
-        An answer is left out whose tokens say more than what was given out, as after a stop string, or which holds
-        control tokens, which only a template may write.
+        What was said beyond that, such as a stop string, is left out; where a token is in part of it, so is the answer.
         """
-        said = list(tokens[:-1] if tokens and tokens[-1] in self._tokenizer.end_ids else tokens)
-        given_out = len(completion.text) + sum(len(call.raw) for call in completion.tool_calls)
-        if not self._tokenizer.control_ids.isdisjoint(said) or len(self._tokenizer.decode(said)) != given_out:
+        said = self._given_out(completion, tokens)
+        if said is None:
             return
         message: Message = {"role": "assistant", "content": completion.text, "tool_calls": completion.tool_calls}
         prefix = Prefix(self._tokenizer.control_ids)
@@ -78,6 +77,24 @@ class AnswerMemory:
             self._tokens += len(said)
             while len(self._answers) > MAX_ANSWERS or self._tokens > MAX_TOKENS:
                 self._forget(next(iter(self._answers)))
+
+    def _given_out(self, completion: Completion, tokens: Sequence[int]) -> list[int] | None:
+        """The first tokens that say exactly what was given out, if any do, and if none is a control token."""
+        said = list(tokens[:-1] if tokens and tokens[-1] in self._tokenizer.end_ids else tokens)
+        if not self._tokenizer.control_ids.isdisjoint(said):
+            return None  # only a template may write those
+        text = self._tokenizer.decode(said)
+        given_out = text[: len(completion.text) + sum(len(call.raw) for call in completion.tool_calls)]
+        rest = given_out
+        for call in completion.tool_calls:
+            rest = rest.replace(call.raw, "", 1)
+        if rest != completion.text:
+            return None
+        if given_out == text:
+            return said
+        sizes = list(accumulate(len(self._tokenizer.token_bytes(token)) for token in said))
+        size = len(given_out.encode())
+        return said[: sizes.index(size) + 1] if size in sizes else None
 
     def knows(self, message: Mapping[str, Any]) -> bool:
         """Whether a message may be an answer that is remembered; what was before it decides."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -124,24 +124,27 @@ class Tokenizer:
         turns, offered = template_messages(messages), [tool_to_openai(replace(tool, strict=False)) for tool in tools]
         mark, place = _unused_characters(2, self._chat_template, turns, offered)
         parts = self._rendered(turns, offered, mark)
+        known = self._known_answers(messages, parts, lambda stand_ins: self._rendered(stand_ins, offered, mark), place)
         prompt, boundaries = Prefix(self.control_ids), []
-        for part, placed in zip(parts, self._placed(messages, turns, offered, mark, place, parts), strict=True):
-            if part in self._control_ids:
-                boundaries += [] if self._control_ids[part] in self.end_ids else [len(prompt.ids)]
-                prompt.ids.append(self._control_ids[part])
-                continue
+        for number, part in enumerate(parts):
             begin = len(prompt.ids)
-            before, _, rest = placed.partition(place)
-            index, _, after = rest.partition(place)
-            prompt.ids += self.encode_text(before.replace(mark, ""))
-            if index:
-                if self.answers.recall(prompt, messages[int(index)]):
-                    prompt.ids += self.encode_text(after.replace(mark, ""))
-                else:
-                    prompt.ids[begin:] = self.encode_text(part.replace(mark, ""))
+            if part in self._control_ids:
+                prompt.ids.append(self._control_ids[part])
+                boundaries += [] if prompt.ids[-1] in self.end_ids else [begin]
+                continue
+            if number not in known or not self._spliced(prompt, *known[number]):
+                prompt.ids[begin:] = self.encode_text(part.replace(mark, ""))
             if boundaries and boundaries[-1] == begin - 1:
                 boundaries += self._header(prompt.ids, begin)
-        return ChatPrompt(prompt.ids, tuple(boundaries[1:] if boundaries[:1] == [0] else boundaries))
+        return ChatPrompt(prompt.ids, tuple(length for length in boundaries if length))
+
+    def _spliced(self, prompt: Prefix, before: str, message: Message, after: str) -> bool:
+        """Write `before`, the tokens that `message` was drawn as, and `after`; False: they are not known here."""
+        prompt.ids += self.encode_text(before)
+        if not self.answers.recall(prompt, message):
+            return False
+        prompt.ids += self.encode_text(after)
+        return True
 
     def _rendered(self, turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], mark: str) -> list[str]:
         """What the template writes: text and control tokens in turn; `mark` is within those that messages spell out."""
@@ -150,32 +153,36 @@ class Tokenizer:
         text = render(self._chat_template, turns, tools, {"enable_thinking": False})
         return self._controls.split(text)
 
-    def _placed(
+    def _known_answers(
         self,
         messages: Sequence[Message],
-        turns: Sequence[dict[str, Any]],
-        tools: Sequence[dict[str, Any]],
-        mark: str,
+        parts: Sequence[str],
+        rendered: Callable[[list[dict[str, Any]]], list[str]],
         place: str,
-        parts: list[str],
-    ) -> list[str]:
-        """The rendered `parts`, but with a message's index between two `place`s where it may be a known answer.
+    ) -> dict[int, tuple[str, Message, str]]:
+        """Which `parts` of a rendering may be a known answer, with the text before and after it.
 
-        Where a template does something else with such a message than with the answer, all is left as it is.
+        Found by rendering the conversation once more with such messages replaced by their index between two `place`s.
+        Where a template does something else with those than with the messages, nothing is known.
         """
-        known = [self.answers.knows(message) for message in messages]
-        if not any(known):
-            return parts
-        stand_ins = [
-            {"role": turn["role"], "content": f"{place}{index}{place}"} if known[index] else turn
-            for index, turn in enumerate(turns)
-        ]
+        turns = template_messages(messages)
+        known = [index for index, message in enumerate(messages) if self.answers.knows(message)]
+        for index in known:
+            turns[index] = {"role": turns[index]["role"], "content": f"{place}{index}{place}"}
         try:
-            placed = self._rendered(stand_ins, tools, mark)
+            stand_ins = rendered(turns) if known else []
         except UserError:
-            return parts
-        same = len(placed) == len(parts) and placed[1::2] == parts[1::2]
-        return [b if place in b else a for a, b in zip(parts, placed, strict=True)] if same else parts
+            return {}
+        if stand_ins[1::2] != list(parts[1::2]):
+            return {}
+        stand_in = re.compile(f"([^{place}]*){place}([0-9]{{1,9}}){place}([^{place}]*)")
+        found = {number: stand_in.fullmatch(part) for number, part in enumerate(stand_ins)}
+        indices = {number: (match[1], int(match[2]), match[3]) for number, match in found.items() if match}
+        return {
+            number: (before, messages[index], after)
+            for number, (before, index, after) in indices.items()
+            if index in known
+        }
 
     def _header(self, ids: Sequence[int], begin: int) -> list[int]:
         """Where a turn's content begins whose text begins at `begin`: after the line that names the role."""

@@ -56,6 +56,7 @@ RAW_FCHARS_S: /(?:[^'\\{}$plain]|\\[^{}$plain])+/
 SPEC: /[^{}'"\\$plain]+/
 UNARY: /[-+~] {0,9}/
 SP: /$some/
+LAST_COMMA: / {0,40}, {0,40}/
 AS: / {1,9}as {1,9}/
 IMPORT: / {1,9}import {1,9}/
 RAISE_FROM: / {1,9}from {1,9}/
@@ -172,10 +173,10 @@ statement: values | (targets ASSIGN)+ assigned | place AUGMENTED assigned
     | "assert" SP test_o (COMMA_O test_o)? | "del" SP place (COMMA_O place)*
     | ("global" | "nonlocal") SP NAME (COMMA_O NAME)* | "import" SP module (COMMA_O module)*
     | FROM (dotted | DOTS dotted?) IMPORT (imported_o | OPEN_I imported_i COMMA_I? CLOSE_I)
-values: test_o (COMMA_O test_o)* COMMA_O? | "*" sum_o (COMMA_O (test_o | "*" sum_o))+
+values: test_o (COMMA_O test_o)* LAST_COMMA? | "*" sum_o (COMMA_O (test_o | "*" sum_o))+
 assigned: values | yield
 yield: "yield" (SP values | SP FROM test_o)?
-targets: target (COMMA_O target)* COMMA_O?
+targets: target (COMMA_O target)* LAST_COMMA?
 target: place | "*" place | OPEN_I inner_targets CLOSE_I | OPEN_INDEX_I inner_targets CLOSE_INDEX_I
 inner_targets: inner_target (COMMA_I inner_target)* COMMA_I?
 inner_target: NAME | "*" NAME | OPEN_I inner_targets CLOSE_I
@@ -204,7 +205,7 @@ classes: dotted OPEN_I (pattern (COMMA_I pattern)* (COMMA_I keyed)* COMMA_I? | k
 keyed: NAME EQUALS_I pattern
 mapping: entry (COMMA_I entry)* (COMMA_I "**" CAPTURE)? COMMA_I? | "**" CAPTURE COMMA_I?
 entry: ("-"? NUMBER | STRING | BYTES | "None" | "True" | "False" | NAME ("." NAME)+) COLON_I pattern
-patterns_o: element_pattern (COMMA_O element_pattern)* COMMA_O?
+patterns_o: element_pattern (COMMA_O element_pattern)* LAST_COMMA?
 patterns_i: element_pattern (COMMA_I element_pattern)* COMMA_I?
 element_pattern: pattern | "*" NAME
 BAR: / {0,9}\| {0,9}/

@@ -16,9 +16,10 @@ from lsp_agent.engine.request import INTERACTIVE, Request, Timings
 from lsp_agent.engine.service.api_errors import ApiError
 from lsp_agent.engine.service.catalog import ServedModel
 from lsp_agent.engine.service.chat_requests import ChatRequest
-from lsp_agent.engine.service.prepare import STEADY, Asker, Prepared, prepare_chat, prepare_text
+from lsp_agent.engine.service.prepare import LONGEST_TOKEN, STEADY, Asker, Prepared, prepare_chat, prepare_text
 from lsp_agent.engine.service.requests import MAX_SCHEMA, CompletionRequest
 from lsp_agent.engine.tool_calls import tool_to_openai
+from lsp_agent.errors import PromptTooLong
 
 HI = [{"role": "user", "content": "hi"}]
 TOOL_ENTRIES = [tool_to_openai(tool) for tool in TOOLS]
@@ -99,6 +100,23 @@ def test_a_gap_is_branched_off_a_little_before_the_cursor() -> None:
     assert list(request.prompt[-4:]) == [ord("x"), 2, ord("y"), 3]
     assert list(request.boundaries) == [101 - STEADY]
     assert list(text_prepared(Filling(), prompt="x", suffix="y").requests[0].boundaries) == [0]
+
+
+def test_a_text_that_cannot_fit_is_not_even_tokenised() -> None:
+    class Unread(Speaker):
+        def chat_prompt(self, messages: Any, tools: Any) -> Any:
+            raise AssertionError
+
+        infill_prompt = chat_prompt
+
+    text = "x" * (LONGEST_TOKEN * Speaker.context_length + 1)
+    speaker = Unread()
+    speaker.tokenizer.encode = None  # type: ignore[method-assign]
+    with pytest.raises(PromptTooLong):
+        chat_prepared(speaker, messages=[{"role": "user", "content": text}])
+    for body in ({"prompt": text}, {"prompt": "a", "suffix": text}):
+        with pytest.raises(PromptTooLong):
+            text_prepared(speaker, **body)
 
 
 def test_a_model_that_fills_no_gaps_says_so() -> None:

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
 from lsp_agent.engine.gpu.errors import GpuLost
-from lsp_agent.errors import Cancelled, PromptTooLong, UnknownModel, UserError
+from lsp_agent.errors import Cancelled, UnknownModel, UserError
 
 RETRY_AFTER_S = 1
 
@@ -57,7 +57,7 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(str(error), 503, code=code, retry=True)
         if isinstance(error, UnknownModel):
             return ApiError(str(error), 404, param="model", code=code)
-        return ApiError(str(error), param="messages" if isinstance(error, PromptTooLong) else None, code=code)
+        return ApiError(str(error), code=code)
     return ApiError("The engine failed at this request; see its log.", 500, code="internal_error")
 
 

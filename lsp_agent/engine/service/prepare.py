@@ -14,6 +14,7 @@ from lsp_agent.engine.request import Request
 from lsp_agent.engine.service.api_errors import ApiError
 from lsp_agent.engine.service.chat_requests import ChatRequest
 from lsp_agent.engine.service.requests import MAX_ANSWERS, CompletionRequest, GenerationFields
+from lsp_agent.errors import PromptTooLong
 
 if TYPE_CHECKING:
     from lsp_agent.engine.engine import Engine
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 COMPLETION_TOKENS = 16
 """Tokens of `/v1/completions` where the request does not say, as in OpenAI's API."""
+LONGEST_TOKEN = 256
+"""Characters. A text that would not fit even in such tokens need not be tokenised to know it."""
 STEADY = 16
 """Tokens before the cursor that the next key may change, as the tokenizer merges what was typed with what is there."""
 
@@ -69,7 +72,9 @@ def prepare_chat(engine: Engine, model: ServedModel, body: ChatRequest, asker: A
     constraint = compile_format(form, tokenizer)
     if tools:
         constraint = constraint_for_tools(tools, choice, tokenizer.tool_calls, tokenizer, parallel)
-    prompt = engine.chat_prompt(body.conversation(), tools)
+    conversation = body.conversation()
+    _check_size(engine, sum(len(message["content"]) for message in conversation))
+    prompt = engine.chat_prompt(conversation, tools)
     longest = body.max_completion_tokens or body.max_tokens or engine.context_length
     make = partial(_request, engine, body, asker, body.sampling(model.sampling, longest), constraint, body.top)
     return Prepared(
@@ -102,6 +107,7 @@ def prepare_text(engine: Engine, model: ServedModel, body: CompletionRequest, as
                 raise ApiError("suffix: this model was not trained to fill in the middle.", param="suffix")
             if not isinstance(prompt, str):
                 raise ApiError("suffix: send the prompt as text.", param="prompt")
+            _check_size(engine, len(prompt) + len(body.suffix))
             ids = engine.infill_prompt(prompt, body.suffix)
             boundaries = [max(ids.index(engine.tokenizer.fim["suffix"]) - STEADY, 0)]
         requests.append(make(ids, boundaries))
@@ -110,8 +116,15 @@ def prepare_text(engine: Engine, model: ServedModel, body: CompletionRequest, as
     return Prepared(requests, body.logprobs is not None, texts=tuple(texts) if body.echo else (), scored=scored)
 
 
+def _check_size(engine: Engine, characters: int) -> None:
+    if characters > engine.context_length * LONGEST_TOKEN:
+        message = f"The prompt has {characters} characters and the context holds {engine.context_length} tokens"
+        raise PromptTooLong(f"{message}; shorten the prompt.")
+
+
 def _ids(engine: Engine, prompt: str | list[int], param: str) -> list[int]:
     if isinstance(prompt, str):
+        _check_size(engine, len(prompt))
         ids = engine.tokenizer.encode(prompt)
     else:
         check_tokens(engine, prompt, param)

@@ -197,7 +197,10 @@ class PrefixCache:
             return {}
         for state in self._states:
             if plan.length in state.points and state.ids[: plan.length] == wanted[: plan.length]:
-                return state.at(plan.length)
+                arrays = state.at(plan.length)
+                if state is plan.source:
+                    return arrays
+                return {name: self._device.copy(array) for name, array in arrays.items()}  # it may be recycled
         return next(node.mark for node, _ in plan.path if node.end == plan.length and node.mark is not None)
 
     def _stops(self, total: int, plan: _Plan, boundaries: Sequence[int]) -> tuple[int, ...]:
@@ -273,8 +276,8 @@ class PrefixCache:
             return True
         if source is not None and target is not source:
             target.copy_keys_values(source, 0, plan.shared)
-        for start, arrays in parts:
-            if start and not self._recurrent and time.monotonic() > deadline:
+        for place, (start, arrays) in enumerate(parts):
+            if place and not self._recurrent and time.monotonic() > deadline:
                 target.resume(wanted[:start], {})
                 self.unfinished = True
                 return False

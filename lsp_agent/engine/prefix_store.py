@@ -87,18 +87,20 @@ class PrefixStore:
             self._tree.insert(ids[:length])
         nodes = self._tree.insert(ids)
         self._touch(nodes)
+        waiting = [node for node in nodes if node.end > start and self._lacks(node, marks)]
         done = True
-        for node in nodes:
-            if node.end <= start or (node.content is not None and (node.mark is not None or node.end not in marks)):
-                continue
-            if time.monotonic() > deadline:
-                done = False
-                break
+        for place, node in enumerate(waiting, 1):
             if not self._fill(node, view, node.end in marks):
+                break
+            if time.monotonic() > deadline and place < len(waiting):
+                done = False
                 break
         self._prune(nodes[-1])
         self._touch(node for node in nodes if node.parent is not None)
         return done
+
+    def _lacks(self, node: Kept, marks: set[int]) -> bool:
+        return node.content is None or (node.mark is None and node.end in marks)
 
     def _fill(self, node: Kept, view: Readable, mark: bool) -> bool:
         if node.content is None:
@@ -179,6 +181,8 @@ class PrefixStore:
 
     def clear(self) -> None:
         """Forget everything."""
+        for node in self._tree:
+            node.content = node.mark = None  # parents and children refer to each other
         self._tree = PrefixTree(self._split)
         self._heap.clear()
 

@@ -16,6 +16,7 @@ import onnxruntime as ort
 
 from lsp_agent.engine.device import Array, CpuDevice, Device, bind_input, bind_output
 from lsp_agent.engine.host_memory import HostMemory, Shapes
+from lsp_agent.engine.prefix_tree import shared_prefix
 from lsp_agent.engine.recurrent_copies import RecurrentCopies
 
 CHECKPOINT_EVERY = 2048
@@ -286,8 +287,8 @@ class State:
         self._history.clear()
         for name, array in self.recurrent.items():
             self._device.assign(array, recurrent[name] if ids else 0)
+        self.checkpoints.forget_after(shared_prefix(self.ids, ids))
         self.ids, self.length = list(ids), len(ids)
-        self.checkpoints.forget_after(self.length)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Shrink the batch to `rows` (ascending); the others are forgotten."""

@@ -84,7 +84,11 @@ class Reader:
             logits = self.decoder.run(np.array([part]), state, [len(part) - 1])[0]
             state.extend(part)
             self.ran += len(part)
+            self.note(state)
         return logits
+
+    def note(self, state) -> None:
+        """Called after each run."""
 
     def end(self, state):
         """Give a state back."""

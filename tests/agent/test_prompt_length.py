@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from types import SimpleNamespace
-from typing import Any
 
-import httpx
 import pytest
 from conftest import BUGGY, Project
 from test_fix_safety import RIGHT
@@ -15,8 +11,6 @@ from test_fix_safety import RIGHT
 from lsp_agent.agent.prompts import CUT, fitting
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import TokenScore
-from lsp_agent.engine.service import client
-from lsp_agent.engine.service.server import EngineServer
 from lsp_agent.errors import PromptTooLong, UserError
 
 TOO_LONG = PromptTooLong("The prompt has 9000 tokens and the context holds 8192; shorten the prompt.")
@@ -85,20 +79,3 @@ def test_what_is_nearest_to_the_blank_stays() -> None:
     assert cut_prefix.startswith(f"{CUT}\n") and cut_prefix.endswith("b98\nb99\n    x = ")
     assert cut_suffix.startswith("\na0\na1\n") and cut_suffix.endswith(f"{CUT}\n")
     assert len(cut_prefix) + len(cut_suffix) <= 150 + 2 * len(f"{CUT}\n")
-
-
-@pytest.mark.parametrize("error", [TOO_LONG, UserError("The prompt is empty.")])
-def test_too_long_keeps_its_type_over_http(error: UserError) -> None:
-    def score_text(text: str, cancel: CancelToken) -> list[TokenScore]:
-        raise error
-
-    engine: Any = SimpleNamespace(score_text=score_text)
-    transport = httpx.ASGITransport(app=EngineServer(engine, "fake").app)
-
-    async def post() -> httpx.Response:
-        async with httpx.AsyncClient(transport=transport, base_url="http://engine") as http:
-            body = {"prompt": "x", "echo": True, "max_tokens": 0, "logprobs": 0}
-            return await http.post("/v1/completions", json=body)
-
-    raised = client._error(asyncio.run(post()))
-    assert type(raised) is type(error) and str(raised) == str(error)

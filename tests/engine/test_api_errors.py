@@ -16,6 +16,10 @@ from api_service import Service, Speaker, ask, serving
 from lsp_agent.engine.gpu.errors import GpuLost
 from lsp_agent.engine.service import bodies
 from lsp_agent.engine.service.admission import Admission
+from lsp_agent.engine.service.api_errors import api_error
+from lsp_agent.engine.service.connection import Reply
+from lsp_agent.engine.service.refusals import our_refusal
+from lsp_agent.errors import PromptTooLong, UnknownModel, UserError
 
 HI = [{"role": "user", "content": "hi"}]
 JSON = {"Content-Type": "application/json"}
@@ -263,3 +267,15 @@ def test_no_prompt_reaches_the_log(caplog: pytest.LogCaptureFixture) -> None:
         ask(Speaker(["x"]), messages=[{"role": "user", "content": "PURPLE-ELEPHANT"}])
         ask(Speaker(["x"]), messages=[{"role": "user", "content": "PURPLE-ELEPHANT"}], n="PURPLE-ELEPHANT")
     assert "PURPLE" not in caplog.text
+
+
+@pytest.mark.parametrize("failure", [PromptTooLong("Too long."), GpuLost("Lost."), UnknownModel("Which?")])
+def test_our_own_client_raises_what_the_engine_raised(failure: UserError) -> None:
+    told = api_error(failure)
+    raised = our_refusal(Reply(told.status, told.body))
+    assert type(raised) is type(failure) and str(raised) == str(failure)
+
+
+def test_what_is_no_fault_of_ours_is_a_bad_request() -> None:
+    told = api_error(UserError("Do otherwise."))
+    assert told.status == 400 and str(our_refusal(Reply(told.status, told.body))) == "Do otherwise."

@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from lsp_agent.engine.gpu.errors import NoGpu, unusable, usable_cupy
+from lsp_agent.engine.pages import zero_pages
 from lsp_agent.errors import UserError
 from lsp_agent.machine import usable_memory
 
@@ -87,7 +88,8 @@ class CpuDevice:
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         """See `Device.zeros`."""
-        return np.zeros(shape, dtype)
+        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        return zero_pages(size).view(dtype).reshape(shape)
 
     def array(self, values: np.ndarray) -> Array:
         """See `Device.array`."""

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from lsp_agent.engine.pages import zero_pages
+
 Shapes = Mapping[str, tuple[tuple[int, ...], str]]
 """Shape and numpy's name of the element type of arrays by name."""
 
@@ -48,14 +50,14 @@ class HostMemory:
         self.evict: Callable[[], bool] = lambda: False
 
     def arrays(self, shapes: Shapes, forced: bool = False) -> dict[str, np.ndarray] | None:
-        """Arrays in one buffer, not initialised; None when there is no room. `forced`: beyond the limit if need be."""
+        """Arrays in one buffer; None when there is no room. `forced`: beyond the limit if need be."""
         size = bytes_of(shapes)
         if not forced and not self.make_room(size):
             return None
-        buffer = np.empty(size, np.uint8)
+        buffer = zero_pages(size, written_whole=True)
         self.used += size
         self.most_used = max(self.most_used, self.used)
-        weakref.finalize(buffer, self._freed, size).atexit = False
+        weakref.finalize(buffer, _freed, weakref.ref(self), size).atexit = False
         return carve(buffer, shapes)
 
     def make_room(self, size: int) -> bool:
@@ -67,5 +69,7 @@ class HostMemory:
                 return False
         return True
 
-    def _freed(self, size: int) -> None:
-        self.used -= size
+
+def _freed(memory: weakref.ref[HostMemory], size: int) -> None:
+    if (one := memory()) is not None:
+        one.used -= size

@@ -7,6 +7,7 @@ needs it or branches off, goes to main memory (`prefix_store.py`) and comes back
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -85,8 +86,10 @@ class PrefixCache:
         self._device = device or CpuDevice()
         self._slots = slots
         self._memory = HostMemory(memory_limit() if memory is None else memory)
-        self._memory.evict = self._evict
+        cache = weakref.ref(self)  # so that memory is given back with the last reference to the cache
+        self._memory.evict = lambda: (one := cache()) is not None and one._evict()
         self._store = PrefixStore(self._specs, self._memory)
+        weakref.finalize(self, self._store.clear).atexit = False
         self._recurrent = bool(recurrent_shapes(self._specs))
         self._states: list[State] = []  # least recently used first
         self._taken: list[State] = []

@@ -1,5 +1,6 @@
 """Hundreds of conversations against a small budget: it holds, and what is found is bit for bit what was read."""
 
+import gc
 import random
 from collections import defaultdict
 
@@ -156,6 +157,21 @@ def test_what_a_row_of_a_batch_has_read_is_remembered(decoder_of):
         assert found.length >= len(ids) + 40 and reader.unread(found) == []
         reader.cache.keep(row)
         assert reader.cache.stats().memory_tokens == 40 and reader.cache.stats().memory_bytes >= used
+
+
+def test_a_cache_that_nobody_has_gives_its_memory_back(decoder_of):
+    decoder = decoder_of(HYBRID)
+    reader = Reader(decoder, PrefixCache(decoder.states, CONTEXT, 1, decoder.device, 1 << 28))
+    for seed in range(3):
+        reader.ask(Transcript(seed).add("user", 100))
+    memory = reader.cache._memory
+    assert memory.used > 0
+    gc.disable()
+    try:
+        del reader
+        assert memory.used == 0
+    finally:
+        gc.enable()
 
 
 def test_memory_counts_until_nothing_refers_to_it():

@@ -13,6 +13,7 @@ import pytest
 from api_service import serving
 
 from lsp_agent.engine.engine import Engine
+from lsp_agent.errors import UserError
 from lsp_agent.models import store
 
 pytestmark = pytest.mark.model
@@ -41,8 +42,12 @@ def perimeter(width: float, height: float) -> float:
 
 
 @pytest.fixture(scope="module")
-def client(small_model: store.InstalledModel) -> Iterator[openai.OpenAI]:
-    engine = Engine.load(small_model.path, threads=1, context=2048)
+def client() -> Iterator[openai.OpenAI]:
+    try:
+        installed = store.resolve("qwen2.5-coder-0.5b")
+    except UserError as error:
+        pytest.skip(str(error))
+    engine = Engine.load(installed.path, threads=1, context=2048)
     with serving({"coder": engine}) as service, service.openai() as made:
         yield made
 
@@ -108,6 +113,16 @@ def test_json_fits_its_model(client: openai.OpenAI) -> None:
     assert answer.choices[0].message.parsed == Person(name="Alice", age=30, role="teacher")
     anything = chat(client, "Give a JSON object with the key a.", response_format={"type": "json_object"})
     assert isinstance(json.loads(anything.choices[0].message.content), dict)
+
+
+def test_with_tools_a_form_is_that_of_the_answer_that_does_not_call(client: openai.OpenAI) -> None:
+    class Reply(pydantic.BaseModel):
+        reply: str
+
+    form = {"type": "json_schema", "json_schema": {"name": "reply", "schema": Reply.model_json_schema()}}
+    for question in ("What is the weather in Paris, in celsius?", "Say hello."):
+        message = chat(client, question, tools=[WEATHER], response_format=form).choices[0].message
+        assert message.tool_calls or Reply.model_validate_json(message.content)
 
 
 def test_a_prediction_is_copied_and_counted(client: openai.OpenAI) -> None:

@@ -16,14 +16,15 @@ from api_service import Service, serving
 from lsp_agent.chat_model import Sampling
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.request import Request
+from lsp_agent.engine.service.prepare import STEADY
 
 HI = [{"role": "user", "content": "hello"}]
 PROMPT = "def add(a, b):"
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_engine: Any) -> Engine:
-    return tiny_engine()
+@pytest.fixture(scope="module", params=["attention", "hybrid"])
+def engine(request: pytest.FixtureRequest, tiny_engine: Any, hf_engine: Any) -> Engine:
+    return tiny_engine() if request.param == "attention" else hf_engine("qwen3-next")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,14 @@ def complete(client: openai.OpenAI, **options: Any) -> Any:
     )
 
 
+def said(service: Service, engine: Engine, count: int) -> list[int]:
+    """The tokens behind an answer."""
+    told: SimpleQueue[Any] = SimpleQueue()
+    asked = Request(engine.tokenizer.encode(PROMPT), Sampling(max_tokens=count), stop_ids=engine.stop_ids)
+    service.host.submit(engine, asked, told.put)
+    return [step.token for step in iter(lambda: told.get(timeout=10), None)]
+
+
 def test_models(client: openai.OpenAI, engine: Engine) -> None:
     (listed,) = client.models.list().data
     assert listed.id == "tiny" and listed.object == "model" and listed.owned_by == "lsp-agent"
@@ -59,7 +68,15 @@ def test_a_completion_counts_its_tokens(client: openai.OpenAI, engine: Engine) -
     assert answer.object == "text_completion" and answer.id.startswith("cmpl-") and answer.model == "tiny"
     assert answer.choices[0].finish_reason == "length"
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 8)
-    assert complete(client).usage.prompt_tokens_details.cached_tokens == len(ids) - 1
+
+
+def test_what_was_read_is_not_read_again(client: openai.OpenAI, engine: Engine) -> None:
+    """Of a hybrid model, up to the place where a text that goes on would be branched off."""
+    prompt = "import sys, os\n\n\n" + PROMPT
+    ids = engine.tokenizer.encode(prompt)
+    complete(client, prompt=prompt)
+    cached = complete(client, prompt=prompt).usage.prompt_tokens_details.cached_tokens
+    assert cached == (len(ids) - STEADY if engine.config.linear_attention else len(ids) - 1) > 0
 
 
 def test_a_stream_of_a_completion_adds_up(client: openai.OpenAI) -> None:
@@ -85,13 +102,20 @@ def test_the_seed_and_the_penalties_reach_the_sampler(client: openai.OpenAI, eng
         return complete(client, temperature=1, max_tokens=12, **options).choices[0].text
 
     assert drawn(seed=1) == drawn(seed=1) != drawn(seed=2)
-    (first,) = {complete(client, max_tokens=1, logprobs=1).choices[0].logprobs.tokens[0]}
-    (token,) = engine.tokenizer.encode(first)
-    biased = complete(client, max_tokens=1, logprobs=1, logit_bias={str(token): -100})
-    assert biased.choices[0].logprobs.tokens[0] != first
-    forced = complete(client, logit_bias={str(token): 100}, logprobs=0)
-    assert set(forced.choices[0].logprobs.tokens) == {first}
-    spread = complete(client, logit_bias={str(token): 4}, presence_penalty=2, frequency_penalty=2, logprobs=0)
+
+    def first(**options: Any) -> list[int]:
+        answer = client.chat.completions.create(
+            model="tiny", messages=HI, temperature=0, max_tokens=1, logprobs=True, **options
+        )
+        return answer.choices[0].logprobs.content[0].bytes
+
+    said = first()
+    token = next(t for t in range(engine.config.vocabulary) if list(engine.tokenizer.spelled(t)) == said)
+    assert first(logit_bias={str(token): -100}) != said
+    (letter,) = engine.tokenizer.encode("a")
+    forced = complete(client, logit_bias={str(letter): 100}, logprobs=0)
+    assert set(forced.choices[0].logprobs.tokens) == {"a"}
+    spread = complete(client, logit_bias={str(letter): 4}, presence_penalty=2, frequency_penalty=2, logprobs=0)
     assert len(set(spread.choices[0].logprobs.tokens)) > 1
 
 
@@ -132,11 +156,8 @@ def test_a_text_is_scored(client: openai.OpenAI, engine: Engine) -> None:
 
 def test_the_scores_of_what_was_said_are_its_logprobs(service: Service, client: openai.OpenAI, engine: Engine) -> None:
     echoed = complete(client, echo=True, logprobs=0).choices[0]
-    ids = engine.tokenizer.encode(PROMPT)
-    told: SimpleQueue[Any] = SimpleQueue()
-    service.host.submit(engine, Request(ids, Sampling(max_tokens=8)), told.put)
-    said = [step.token for step in iter(lambda: told.get(timeout=10), None)]
-    scored = complete(client, prompt=ids + said, echo=True, logprobs=0, max_tokens=0).choices[0]
+    ids = engine.tokenizer.encode(PROMPT) + said(service, engine, 8)
+    scored = complete(client, prompt=ids, echo=True, logprobs=0, max_tokens=0).choices[0]
     assert scored.text == echoed.text and scored.logprobs.tokens == echoed.logprobs.tokens
     assert scored.logprobs.text_offset == echoed.logprobs.text_offset
     assert scored.logprobs.token_logprobs[1:] == pytest.approx(echoed.logprobs.token_logprobs[1:], abs=1e-3)

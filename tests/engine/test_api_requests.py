@@ -99,7 +99,8 @@ def test_a_gap_is_branched_off_a_little_before_the_cursor() -> None:
     (request,) = text_prepared(Filling(), prompt="x" * 100, suffix="y").requests
     assert list(request.prompt[-4:]) == [ord("x"), 2, ord("y"), 3]
     assert list(request.boundaries) == [101 - STEADY]
-    assert list(text_prepared(Filling(), prompt="x", suffix="y").requests[0].boundaries) == [0]
+    assert list(text_prepared(Filling(), prompt="x", suffix="y").requests[0].boundaries) == []
+    assert list(text_prepared(prompt="x" * 100).requests[0].boundaries) == [100 - STEADY]
 
 
 def test_a_text_that_cannot_fit_is_not_even_tokenised() -> None:
@@ -214,7 +215,8 @@ def test_a_call_that_is_required_is_constrained() -> None:
             "lsp_agent.engine.service.prepare.constraint_for_tools", lambda *given: seen.append(given) or "made"
         )
         (request,) = chat_prepared(speaker, **required, parallel_tool_calls=False).requests
-    ((tools, choice, call_format, tokenizer, parallel),) = seen
+    ((tools, choice, call_format, tokenizer, parallel, form),) = seen
+    assert form == AnswerFormat()
     assert request.constraint == "made" and [tool.name for tool in tools] == [tool.name for tool in TOOLS]
     assert (choice, call_format, tokenizer, parallel) == ("required", "qwen3_coder", speaker.tokenizer, False)
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lsp_agent.cancel import CancelToken
-from lsp_agent.chat_model import Sampling, ToolSchema
+from lsp_agent.chat_model import AnswerFormat, Sampling, ToolSchema
 from lsp_agent.engine.constraints import Constraint, compile_format, constraint_for_tools
 from lsp_agent.engine.request import Request
 from lsp_agent.engine.service.api_errors import ApiError
@@ -64,14 +64,12 @@ def prepare_chat(engine: Engine, model: ServedModel, body: ChatRequest, asker: A
     tools, choice = body.choice()
     parallel = body.parallel_tool_calls is not False
     form = body.answer_format()
-    if form.kind != "text" and tools:
-        if choice != "auto":
-            raise ApiError("Ask for a form of the answer or for a call, not for both.", param="response_format")
-        message = "response_format: send it with tool_choice none, since an answer of that form cannot call tools."
-        raise ApiError(message, param="response_format")
-    constraint = compile_format(form, tokenizer)
     if tools:
-        constraint = constraint_for_tools(tools, choice, tokenizer.tool_calls, tokenizer, parallel)
+        # An answer that has to be a call has no text that the form could be of.
+        of_text = form if choice == "auto" else AnswerFormat()
+        constraint = constraint_for_tools(tools, choice, tokenizer.tool_calls, tokenizer, parallel, of_text)
+    else:
+        constraint = compile_format(form, tokenizer)
     conversation = body.conversation()
     _check_size(engine, sum(len(message["content"]) for message in conversation))
     prompt = engine.chat_prompt(conversation, tools)
@@ -100,17 +98,18 @@ def prepare_text(engine: Engine, model: ServedModel, body: CompletionRequest, as
     make = partial(_request, engine, body, asker, sampling, constraint, body.logprobs or 0)
     requests, texts = [], []
     for number, prompt in enumerate(body.prompt):
-        ids = _ids(engine, prompt, f"prompt[{number}]") if body.suffix is None else []
-        boundaries: list[int] = []
-        if body.suffix is not None:
+        if body.suffix is None:
+            ids = _ids(engine, prompt, f"prompt[{number}]")
+            cursor = len(ids)
+        else:
             if model.infills is False:
                 raise ApiError("suffix: this model was not trained to fill in the middle.", param="suffix")
             if not isinstance(prompt, str):
                 raise ApiError("suffix: send the prompt as text.", param="prompt")
             _check_size(engine, len(prompt) + len(body.suffix))
             ids = engine.infill_prompt(prompt, body.suffix)
-            boundaries = [max(ids.index(engine.tokenizer.fim["suffix"]) - STEADY, 0)]
-        requests.append(make(ids, boundaries))
+            cursor = ids.index(engine.tokenizer.fim["suffix"])
+        requests.append(make(ids, [cursor - STEADY] if cursor > STEADY else []))
         texts.append(prompt if isinstance(prompt, str) else spelled_text(engine, prompt))
     scored = body.echo and body.logprobs is not None
     return Prepared(requests, body.logprobs is not None, texts=tuple(texts) if body.echo else (), scored=scored)

@@ -4,10 +4,10 @@
 
 `MODEL` is an installed model's name. Each task's prompt is read once, to warm up; then each round decodes it plainly,
 with drafts, and (rewrites) with drafts and `prediction`, one after another, so that all see the same neighbours.
-Greedy. `--forced` replays what an obedient model would answer as the sampler's draws: so a small model's whims do not
-count, every logit is still computed, and drafts are verified all the same. Ratios are of decoded tokens a second to the
-plain run of the same round, medians over the rounds; by wall time and, with one thread, by the thread's own time, which
-leaves out what the machine did besides.
+Greedy. `--forced` replays real text as the sampler's draws, such as the rewrite of an obedient model: so a small
+model's whims and loops do not count, while every logit is computed and drafts are verified all the same. Ratios are of
+decoded tokens a second to the plain run of the same round, medians over the rounds; by wall time and, which with one
+thread leaves out what the machine did besides, by the thread's own time.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     engine = Engine.load(store.resolve(arguments.model).path, threads=arguments.threads, context=8192)
-    tasks = drafting_tasks.rewrites() + ([] if arguments.forced else drafting_tasks.fresh())
+    tasks = drafting_tasks.rewrites() + drafting_tasks.fresh()
     if arguments.only:
         tasks = [task for task in tasks if {task.name, task.kind} & set(arguments.only)]
     rows = []

@@ -16,14 +16,14 @@ TRIPLE = "tuple[float, float, float]"
 
 @dataclass(frozen=True)
 class Task:
-    """`source`: the code to rewrite, which the server is told as `prediction`; `target`: what an obedient answer is.
-    Without both, the model answers as it likes."""
+    """`source`: the code to rewrite, which the engine is told as `prediction`; `target`: what is answered if forced: an
+    obedient rewrite, else code or documentation from the standard library that suits the request."""
 
     name: str
     kind: str
     request: str
+    target: str
     source: str = ""
-    target: str = ""
 
 
 def _text(module: str) -> str:
@@ -48,7 +48,7 @@ def _rewrite(name: str, source: str, change: str, edits: Sequence[tuple[str, str
         target = re.sub(old, new, target)
     whole = "file" if name.endswith(".py") else "function"
     request = f"{change} Answer with the whole {whole}, unchanged elsewhere.\n\n```python\n{source}```"
-    return Task(name, f"whole {whole}", request, source, f"```python\n{target}```")
+    return Task(name, f"whole {whole}", request, f"```python\n{target}```", source)
 
 
 def rewrites() -> list[Task]:
@@ -127,13 +127,21 @@ def rewrites() -> list[Task]:
 
 
 def fresh() -> list[Task]:
-    """Code that is not in the prompt, and prose about code that is."""
+    """Answers that copy little: code, and prose, of which there is some that could be copied in most prompts."""
     given = f"\n\n```python\n{_text(CONTEXT)[:6000]}```"
+    topics = importlib.import_module("pydoc_data.topics").topics
+
+    def code(name: str, request: str, module: str) -> Task:
+        return Task(name, "fresh code", request, target=f"```python\n{_text(module)}```")
+
+    def prose(name: str, request: str, topic: str) -> Task:
+        return Task(name, "prose", request, target=topics[topic])
+
     return [
-        Task("LRU cache", "fresh code", "Write a Python class LruCache with get, put and a limit, with docstrings."),
-        Task("CSV summary", "fresh code", "Write a Python script that prints mean and maximum of a CSV column."),
-        Task("tests", "fresh code", f"Write pytest tests for `wrap` in this module.{given}"),
-        Task("explain", "prose", f"Explain in plain words, without code, what this module is for.{given}"),
-        Task("history", "prose", "Tell in plain words how version control has changed since the 1980s."),
-        Task("review", "prose", f"Describe three weaknesses of this module to a new colleague, without code.{given}"),
+        code("scheduler", "Write a Python module with a general event scheduler.", "sched"),
+        code("colours", f"Write a Python module like this one that converts colour systems.{given}", "colorsys"),
+        code("short reprs", f"Write a Python module like this one that makes short reprs.{given}", "reprlib"),
+        prose("names", "Explain in plain words how names are bound and resolved in Python.", "naming"),
+        prose("imports", f"Explain in plain words what happens when this module is imported.{given}", "import"),
+        prose("exceptions", f"Explain in plain words how this module should handle exceptions.{given}", "exceptions"),
     ]

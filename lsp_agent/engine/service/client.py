@@ -22,6 +22,8 @@ from lsp_agent.errors import UserError
 
 LOST_GPU_S = 10.0
 """How long an engine whose GPU was lost takes to end, at most."""
+DYING_S = 2.0
+"""Longer than a process takes to die; one that lives on broke a connection for another reason."""
 STOPPING = "engine_stopping"
 CLIENT = f"{os.getpid()}-{secrets.token_hex(4)}"
 """This process among the engine's clients, between whom it is fair."""
@@ -41,6 +43,8 @@ class EngineEndpoint:
         """Held while the engine starts or loads: one thread does it for all."""
         self._loaded: About | None = None
         self._leaving: About | None = None
+        self._asked = threading.local()
+        """The engine that the calling thread was sent to last; others may have started another one since."""
 
     @property
     def place(self) -> Place:
@@ -65,6 +69,7 @@ class EngineEndpoint:
                 with suppress(httpx.TransportError) if attempt == 0 else _told(self._place):
                     self._load(about, cancel)
                     break
+            self._asked.about = self.about
         finally:
             self._lock.release()
         headers = {**control_client.headers(self._place), "X-LSP-Agent-Client": CLIENT}
@@ -73,9 +78,12 @@ class EngineEndpoint:
 
     def again(self, failure: httpx.TransportError | Reply, attempt: int) -> bool:
         """See `Endpoint.again`: once if the engine died, and whenever it is about to leave."""
+        about: About = self._asked.about
         if not isinstance(failure, Reply):
+            # While a killed process is taken down, its socket may still take connections, only to break them.
+            if attempt == 0:
+                launch.wait_until(lambda: launch.gone(about), DYING_S)
             return attempt == 0
-        about = self.about
         if failure.code == STOPPING:
             self._leaving = about
             return attempt < MOST_STOPS

@@ -16,7 +16,8 @@ from lsp_agent.errors import Cancelled, ExitCode, UnknownModel, UserError
 
 LOAD_TIMEOUT_S = 300.0
 """A load may take any time while it makes progress."""
-ANSWER_S = 10.0
+ANSWER_S = 5.0
+SIGNAL_S = 5.0
 
 
 def base_url(about: About) -> str:
@@ -66,12 +67,12 @@ def stop(place: Place, about: About, now: bool, seconds: float) -> None:
         return
     if asked and not now and ask_to_stop(place, about, now=True) and wait_until(lambda: gone(about), 2.0):
         return
-    for end in ("terminate", "kill"):
+    for end in ("terminate", "kill") if asked else ("kill",):  # what does not answer does not heed a request either
         process = about.process
         if process is None:
             return
         getattr(process, end)()
-        if wait_until(lambda: gone(about), 5.0):
+        if wait_until(lambda: gone(about), SIGNAL_S):
             return
     raise UserError(f"The engine's process {about.pid} does not end; end it by hand.")
 

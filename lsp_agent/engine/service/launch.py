@@ -16,6 +16,7 @@ from lsp_agent.cancel import CancelToken
 from lsp_agent.engine.service.runtime import About, Place
 from lsp_agent.errors import Cancelled, ExitCode, UserError
 
+MODULE = "lsp_agent.engine.service.process"
 START_TIMEOUT_S = 180.0
 """For an engine without a model; another that is about to leave may have to finish first."""
 POLL_S = 0.05
@@ -43,7 +44,7 @@ def start(place: Place, cancel: CancelToken, options: Sequence[str] = ()) -> boo
     place.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     # -P and a folder of its own: the user's current folder holds other people's code, and its `queue.py` or
     # `numpy/` must not be imported instead of the real one.
-    command = [sys.executable, "-P", "-m", "lsp_agent.engine.service.process", *options]
+    command = [sys.executable, "-P", "-m", MODULE, *options]
     with os.fdopen(os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
         process = subprocess.Popen(
             command,

@@ -167,7 +167,8 @@ def _be_engine(here: Place, options: argparse.Namespace, idle_seconds: float, sa
             del loading  # until here, so that it lives as long as it is needed
             return code
 
-    return asyncio.run(run())
+    # Not `asyncio.run`, which would end what is unfinished with answers of its own: connections that break are clear.
+    return asyncio.new_event_loop().run_until_complete(run())
 
 
 async def _load_default(host: EngineHost) -> None:
@@ -201,17 +202,17 @@ class _Serving:
         """Serve; returns the process's exit code."""
         self._take_signals()
         tasks = [asyncio.create_task(http.serve(sockets=[listener])) for http, listener in self._listening]
-        pause = min(0.5, self._idle_seconds / 4)
+        pause = min(0.2, self._idle_seconds / 4)
         while not (reason := self._reason()):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._host.left.wait(), pause)
         log.info("%s", reason)
         self._host.leave()
         await self._finish()
-        for http, _ in self._listening:
-            http.should_exit = True
-            http.force_exit = self._host.leaving_now or self._host.broken is not None
-        await asyncio.wait(tasks, timeout=BROKEN_S)
+        if not self._host.leaving_now:
+            for http, _ in self._listening:
+                http.should_exit = True
+            await asyncio.wait(tasks, timeout=BROKEN_S)
         return ExitCode.ENVIRONMENT if self._host.broken else ExitCode.OK
 
     def _reason(self) -> str:
@@ -246,9 +247,10 @@ class _Serving:
 
 
 def _listen_at(path: Path) -> socket.socket:
-    os.umask(0o077)  # the socket is the user's only, whatever folder it is in
+    os.umask(0o177)  # the socket is the user's only, whatever folder it is in
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))
+    os.umask(0o077)
     listener.listen(128)
     return listener
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 MAX_CHARACTERS = 1 << 18
 """Longest grammar, in characters of its source."""
+MAX_FIRST_MASK_SECONDS = 0.5
+"""Of computing. Real formats take milliseconds; those that take longer would hold up everybody at each token."""
 KEPT_GRAMMARS = 64
 """Compiled grammars that are kept for each tokenizer; one takes some 10 kB to some MB."""
 
@@ -43,6 +46,20 @@ def regex(pattern: str) -> str:
     from llguidance import LLMatcher
 
     return LLMatcher.grammar_from_regex(pattern)
+
+
+def terminal(pattern: str) -> str:
+    """A regular expression as a terminal of a Lark grammar."""
+    from llguidance import regex_to_lark
+
+    return f"/{regex_to_lark(pattern, '')}/"
+
+
+def works(pattern: Any) -> bool:
+    """Whether a JSON schema's pattern is one that can be enforced."""
+    from llguidance import LLMatcher
+
+    return not LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema({"type": "string", "pattern": pattern}))
 
 
 def json_schema(schema: Mapping[str, Any]) -> str:
@@ -81,9 +98,10 @@ class GrammarConstraint:
 
     def accept(self, token: int) -> None:
         """See `Constraint.accept`. Raises ValueError for a token that is not allowed."""
-        self._mask = None
-        if not self._matcher.consume_token(token):
+        allowed, self._mask = self.allowed()[token], None
+        if not allowed:
             raise ValueError(f"token {token} is not allowed here")
+        self._matcher.consume_token(token)  # what goes wrong now shows in the next mask
 
     def forced(self) -> list[int]:
         """See `Constraint.forced`. Where two ways of cutting the text into tokens are open, nothing is forced."""
@@ -136,12 +154,23 @@ class Vocabulary:
         matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise UserError(f"{what} cannot be used: {_one_line(matcher.get_error())}.")
-        # A format that is too complex, or that nothing can satisfy, shows at the first mask.
-        tried = matcher.deep_copy()
-        mask = GrammarConstraint(tried, self, what).allowed() if tried.stop_reason() == "NotStopped" else None
-        if not matcher.is_accepting() and (mask is None or mask[self._end].any()):
-            raise UserError(f"{what} lets no answer through; correct it.")
+        self._try(matcher.deep_copy(), what)
         return matcher
+
+    def _try(self, matcher: LLMatcher, what: str) -> None:
+        """See what the first mask says of a format that is too complex, or that nothing can satisfy."""
+        started = time.thread_time()
+        may_end = matcher.is_accepting()
+        try:
+            mask = GrammarConstraint(matcher, self, what).allowed()
+        except UserError:
+            if not matcher.get_error().startswith("NoExtension"):
+                raise
+            mask = np.zeros(self._size, np.bool_)
+        if not may_end and (mask[self._end].any() or not mask.any()):
+            raise UserError(f"{what} lets no answer through; correct it.")
+        if time.thread_time() - started > MAX_FIRST_MASK_SECONDS:
+            raise UserError(f"{what} is too complex; make it simpler.")
 
     def mask(self, bits: bytes) -> np.ndarray:
         """llguidance's bits as bool [vocabulary], without control tokens: a grammar could ask for them by name."""

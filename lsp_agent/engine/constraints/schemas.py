@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from lsp_agent.engine.constraints import grammar
 from lsp_agent.errors import UserError
 
 MAX_DEPTH = 64
@@ -41,7 +43,7 @@ def read_schema(text: str) -> dict[str, Any]:
 
 def for_answer(schema: Mapping[str, Any]) -> dict[str, Any]:
     """A schema for a whole answer."""
-    return {**_walked(schema, finite=False, depth=0), "x-guidance": dict(ANSWER_LAYOUT)}
+    return {**_walked(schema, _Walk(finite=False, strict=True)), "x-guidance": dict(ANSWER_LAYOUT)}
 
 
 def for_arguments(schema: Mapping[str, Any], strict: bool, kinds: Sequence[str] = ()) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def for_arguments(schema: Mapping[str, Any], strict: bool, kinds: Sequence[str] 
     Numbers have no exponent and at most 16 digits before the point, since a call with an infinite one is not run.
     What llguidance knows no way to enforce is an error if the schema is `strict`, else left out.
     """
-    made = _walked(schema, finite=True, depth=0)
+    made = _walked(schema, _Walk(finite=True, strict=strict))
     definitions = {**made.pop("$defs", {}), _ANY: _finite({})}
     if kinds and made.get("type") not in kinds:
         made = {"allOf": [made, {"type": list(kinds)}]}
@@ -80,24 +82,39 @@ def _moved(value: Any) -> Any:
     return moved
 
 
-def _walked(schema: Any, finite: bool, depth: int) -> Any:
+@dataclass(frozen=True)
+class _Walk:
+    """How to go through a schema: with numbers bounded, with what cannot be enforced kept, so that it is an error."""
+
+    finite: bool
+    strict: bool
+    depth: int = 0
+
+    def deeper(self) -> _Walk:
+        if self.depth == MAX_DEPTH:
+            raise UserError(f"The JSON schema is nested more than {MAX_DEPTH} deep; make it flatter.")
+        return replace(self, depth=self.depth + 1)
+
+
+def _walked(schema: Any, walk: _Walk) -> Any:
     if not isinstance(schema, Mapping):
-        return _ANY_REF if finite and schema is True else schema
-    if depth > MAX_DEPTH:
-        raise UserError(f"The JSON schema is nested more than {MAX_DEPTH} deep; make it flatter.")
-    made = {key: value for key, value in schema.items() if key not in ("x-guidance", "$schema")}
+        return _ANY_REF if walk.finite and schema is True else schema
+    made = {key: value for key, value in schema.items() if key not in ("x-guidance", "$schema", "$id")}
     if made.get("format") not in KNOWN_FORMATS:
         made.pop("format", None)
+    if not walk.strict and "pattern" in made and not grammar.works(made["pattern"]):
+        del made["pattern"]
+    inner = walk.deeper()
     for key in _MANY:
         if isinstance(made.get(key), Mapping):
-            made[key] = {name: _walked(item, finite, depth + 1) for name, item in made[key].items()}
+            made[key] = {name: _walked(item, inner) for name, item in made[key].items()}
     for key in _LISTS:
         if isinstance(made.get(key), list):
-            made[key] = [_walked(item, finite, depth + 1) for item in made[key]]
+            made[key] = [_walked(item, inner) for item in made[key]]
     for key in _ONE:
         if isinstance(made.get(key), Mapping | bool):
-            made[key] = _walked(made[key], finite, depth + 1)
-    return _finite(made) if finite and not made.keys() & set(_ELSEWHERE) else made
+            made[key] = _walked(made[key], inner)
+    return _finite(made) if walk.finite and not made.keys() & set(_ELSEWHERE) else made
 
 
 def _finite(schema: dict[str, Any]) -> dict[str, Any]:

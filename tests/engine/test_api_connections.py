@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -144,6 +145,29 @@ def test_a_client_that_leaves_before_its_turn_is_never_served(monkeypatch: pytes
         go_on.set()
         until(lambda: not service.server.busy)
         assert not speaker.asked
+
+
+def test_somebody_at_the_cursor_waits_for_no_others_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of others as many are being prepared as there are threads, and more wait."""
+    go_on = threading.Event()
+    original = prepare.prepare_text
+
+    def slow(engine: Any, model: Any, body: Any, asker: Any) -> Any:
+        assert body.priority < 0 or go_on.wait(10)
+        return original(engine, model, body, asker)
+
+    monkeypatch.setattr("lsp_agent.engine.service.server.prepare_text", slow)
+    with serving({"speaker": Speaker(["x"])}) as service, ThreadPoolExecutor(6) as pool:
+
+        def ask(priority: int) -> int:
+            with service.http() as http:
+                return http.post("/v1/completions", json={"prompt": "ab", "priority": priority}).status_code
+
+        others = [pool.submit(ask, 0) for _ in range(5)]
+        until(lambda: service.server.busy == 5)
+        assert ask(-1) == 200 and not any(other.done() for other in others)
+        go_on.set()
+        assert [other.result() for other in others] == [200] * 5
 
 
 def test_a_reader_that_stops_reading_holds_up_nobody() -> None:

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Completion
+from lsp_agent.engine.request import ORDINARY
 from lsp_agent.engine.service import shapes
 from lsp_agent.engine.service.answering import Answering, Inbox
 from lsp_agent.engine.service.api_errors import ApiError, api_error
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 NOT_STORED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Generating = TypeVar("Generating", bound=GenerationFields)
 Prepare = Callable[["Engine", "ServedModel", Generating, Asker], Prepared]
 Object = dict[str, Any]
@@ -86,7 +88,7 @@ class Exchange(Generic[Generating]):
         try:
             with self._serving.admission.enter(self._asker.client):
                 engine, model = await self._serving.engine(self._body.model)
-                prepared = await self._serving.threaded(self._prepare, engine, model, self._body, self._asker)
+                prepared = await self._threaded(self._prepare, engine, model, self._body, self._asker)
                 about = {"id": f"{self._kind.prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
                 about |= {"model": model.name, "system_fingerprint": shapes.FINGERPRINT}
                 async with contextlib.aclosing(self._answer(engine, prepared)) as objects:
@@ -95,6 +97,9 @@ class Exchange(Generic[Generating]):
         finally:
             self._asker.cancel.cancel()
             watch.cancel()
+
+    async def _threaded(self, function: Callable[..., T], *arguments: object) -> T:
+        return await self._serving.threaded(function, *arguments, urgent=self._body.priority < ORDINARY)
 
     async def _watch(self) -> None:
         """Stop at once when the connection closes."""
@@ -136,7 +141,7 @@ class Exchange(Generic[Generating]):
             self._stopwatch.step()
             parts = answering.feed(*told)
             if (remember := answering.take_unremembered()) is not None:
-                await self._serving.threaded(remember)
+                await self._threaded(remember)
             for part in parts:
                 yield part
         for part in answering.close():

@@ -96,22 +96,22 @@ class EngineServer:
         return JSONResponse(_model_entry(self._serving.host.served(request.path_params["name"])))
 
     async def _chat(self, request: Request) -> Response:
-        body = await self._serving.threaded(ChatRequest.model_validate_json, await read_json(request))
+        body = await self._serving.parsed(ChatRequest.model_validate_json, await read_json(request))
         return await Exchange(self._serving, request, body, prepare_chat, CHAT).response()
 
     async def _completions(self, request: Request) -> Response:
-        body = await self._serving.threaded(CompletionRequest.model_validate_json, await read_json(request))
+        body = await self._serving.parsed(CompletionRequest.model_validate_json, await read_json(request))
         return await Exchange(self._serving, request, body, prepare_text, TEXT).response()
 
     async def _tokens(self, request: Request) -> Response:
-        body = await self._serving.threaded(_tokenize.validate_json, await read_json(request))
+        body = await self._serving.parsed(_tokenize.validate_json, await read_json(request))
         with self._serving.admission.enter(client_of(request, None)):
             engine, model = await self._serving.engine(body.model)
             answer = await self._serving.threaded(_tokenized, engine, body)
         return JSONResponse({**answer, "max_model_len": model.context_length})
 
     async def _text(self, request: Request) -> Response:
-        body = await self._serving.threaded(DetokenizeRequest.model_validate_json, await read_json(request))
+        body = await self._serving.parsed(DetokenizeRequest.model_validate_json, await read_json(request))
         with self._serving.admission.enter(client_of(request, None)):
             engine, _ = await self._serving.engine(body.model)
             check_tokens(engine, body.tokens, "tokens")

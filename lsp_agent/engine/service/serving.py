@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 THREADS = 3
+QUICKLY_READ = 1 << 16
+"""Bytes of a body that are parsed in less time than a thread takes to begin."""
 
 
 class Serving:
@@ -31,10 +33,16 @@ class Serving:
         self.host, self.admission, self.metrics = host, admission, metrics
         self.scoring = asyncio.Lock()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="prepare")
+        self._urgent = ThreadPoolExecutor(1, thread_name_prefix="prepare-urgent")
 
-    async def threaded(self, function: Callable[..., T], *arguments: object) -> T:
-        """Run a function in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+    async def threaded(self, function: Callable[..., T], *arguments: object, urgent: bool = False) -> T:
+        """Run a function in a thread; what is `urgent` waits for no other's long prompts."""
+        threads = self._urgent if urgent else self._threads
+        return await asyncio.get_running_loop().run_in_executor(threads, function, *arguments)
+
+    async def parsed(self, parse: Callable[[bytes], T], body: bytes) -> T:
+        """Read a body; in a thread where that takes long."""
+        return parse(body) if len(body) < QUICKLY_READ else await self.threaded(parse, body)
 
     def check_alive(self) -> None:
         """Raise what keeps the engine from answering anything."""
@@ -51,4 +59,5 @@ class Serving:
 
     def close(self) -> None:
         """End the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._urgent):
+            threads.shutdown(wait=False, cancel_futures=True)

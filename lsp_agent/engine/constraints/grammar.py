@@ -38,21 +38,21 @@ def lark(text: str) -> str:
     """A grammar in llguidance's Lark."""
     from llguidance import LLMatcher
 
-    return LLMatcher.grammar_from_lark(text)
+    return LLMatcher.grammar_from_lark(_unicode(text))
 
 
 def regex(pattern: str) -> str:
     """A regular expression (Rust's syntax, without look-around) for the whole answer."""
     from llguidance import LLMatcher
 
-    return LLMatcher.grammar_from_regex(pattern)
+    return LLMatcher.grammar_from_regex(_unicode(pattern))
 
 
 def terminal(pattern: str) -> str:
     """A regular expression as a terminal of a Lark grammar."""
     from llguidance import regex_to_lark
 
-    return f"/{regex_to_lark(pattern, '')}/"
+    return f"/{regex_to_lark(_unicode(pattern), '')}/"
 
 
 def works(pattern: Any) -> bool:
@@ -67,6 +67,15 @@ def json_schema(schema: Mapping[str, Any]) -> str:
     from llguidance import LLMatcher
 
     return LLMatcher.grammar_from_json_schema(dict(schema))
+
+
+def _unicode(text: str) -> str:
+    """The text; raises `UserError` where it holds halves of surrogate pairs, which JSON can spell."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("What answers must look like is not valid Unicode; correct it.") from error
+    return text
 
 
 def compile_grammar(grammar: str, tokenizer: Tokenizer, what: str) -> Callable[[], Constraint]:
@@ -90,9 +99,9 @@ class GrammarConstraint:
             try:
                 bits = self._matcher.compute_bitmask()
             except ValueError as error:
-                raise self._too_complex() from error
+                raise self._failed() from error
             if self._matcher.is_error():
-                raise self._too_complex()
+                raise self._failed()
             self._mask = self._vocabulary.mask(bits)
         return self._mask
 
@@ -111,7 +120,9 @@ class GrammarConstraint:
         """See `Constraint.ended`."""
         return self._matcher.is_stopped()
 
-    def _too_complex(self) -> UserError:
+    def _failed(self) -> UserError:
+        if self._matcher.get_error().startswith("NoExtension"):
+            return UserError(f"{self._what} lets no answer through; correct it.")
         return UserError(f"{self._what} became too complex on the way; make it simpler.")
 
 
@@ -161,13 +172,8 @@ class Vocabulary:
         """See what the first mask says of a format that is too complex, or that nothing can satisfy."""
         started = time.thread_time()
         may_end = matcher.is_accepting()
-        try:
-            mask = GrammarConstraint(matcher, self, what).allowed()
-        except UserError:
-            if not matcher.get_error().startswith("NoExtension"):
-                raise
-            mask = np.zeros(self._size, np.bool_)
-        if not may_end and (mask[self._end].any() or not mask.any()):
+        mask = GrammarConstraint(matcher, self, what).allowed()
+        if not may_end and mask[self._end].any():
             raise UserError(f"{what} lets no answer through; correct it.")
         if time.thread_time() - started > MAX_FIRST_MASK_SECONDS:
             raise UserError(f"{what} is too complex; make it simpler.")

@@ -52,8 +52,7 @@ def constraint_for_tools(
     if not offered:
         what = "no tools were offered" if choice == "required" else f"there is no tool `{choice}` among those offered"
         raise UserError(f"The answer must call a tool, but {what}; offer it.")
-    rules = _hermes_call if call_format == "hermes" else _qwen3_coder_call
-    lines = [line for index, tool in enumerate(offered) for line in rules(index, tool)]
+    lines = [line for index, tool in enumerate(offered) for line in _call(index, tool, call_format)]
     lines.append(f"body: {' | '.join(f'call_{index}' for index in range(len(offered)))}")
     opener, closer = _quoted(f"{CALL_OPEN}\n"), _quoted(f"\n{CALL_CLOSE}")
     many = parallel and choice in ("auto", "required")
@@ -95,9 +94,19 @@ def _json(schema: Mapping[str, Any], strict: bool, kinds: Sequence[str] = ()) ->
     return f"%json {json.dumps(for_arguments(schema, strict, kinds), ensure_ascii=False)}"
 
 
+def _call(index: int, tool: ToolSchema, call_format: ToolCallFormat) -> list[str]:
+    """The rules of a call, `call_INDEX` and what it needs."""
+    try:
+        return (_hermes_call if call_format == "hermes" else _qwen3_coder_call)(index, tool)
+    except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"The parameters of the tool `{tool.name}` are no valid JSON schema; correct them.") from error
+
+
 def _hermes_call(index: int, tool: ToolSchema) -> list[str]:
     schema = {"type": "object", **tool.parameters}
-    if tool.properties:
+    if schema["type"] != "object":
+        raise UserError(f"The parameters of the tool `{tool.name}` must be an object schema.")
+    if "properties" in schema:
         schema.setdefault("additionalProperties", False)
     begin = _quoted(f'{{"name": {json.dumps(tool.name, ensure_ascii=False)}, "arguments": ')
     return [f'call_{index}: {begin} arguments_{index} "}}"', f"arguments_{index}: {_json(schema, tool.strict)}"]
@@ -105,7 +114,8 @@ def _hermes_call(index: int, tool: ToolSchema) -> list[str]:
 
 def _qwen3_coder_call(index: int, tool: ToolSchema) -> list[str]:
     """Parameters in the schema's order, those not required perhaps; names that it does not declare cannot be given."""
-    if not tool.properties and any(key in tool.parameters for key in _COMBINED):
+    combined = not tool.properties and any(key in tool.parameters for key in _COMBINED)
+    if combined or tool.parameters.get("type", "object") != "object":
         raise UserError(f"The parameters of the tool `{tool.name}` must be an object schema with `properties`.")
     if not _NAME.fullmatch(tool.name):
         raise UserError(f"The tool `{tool.name}` cannot be called by that name in this model's format; rename it.")

@@ -2,17 +2,18 @@
 
     python benchmarks/bench_drafting.py MODEL [--threads 1] [--rounds 3] [--only KIND ...] [--forced] [--json OUT.json]
 
-`MODEL` is an installed model's name. Each task's prompt is read once, to warm up; then each round decodes it plainly,
-with drafts, and (rewrites) with drafts and `prediction`, one after another, so that all see the same neighbours.
+`MODEL` is an installed model's name, of which three engines are loaded: one decodes plainly, one with drafts and, of
+rewrites, one with drafts and `prediction`. They take turns of a few tokens, so that all see the same neighbours.
 Greedy. `--forced` replays real text as the sampler's draws, such as the rewrite of an obedient model: so a small
 model's whims and loops do not count, while every logit is computed and drafts are verified all the same. Ratios are of
-decoded tokens a second to the plain run of the same round, medians over the rounds; by wall time and, which with one
-thread leaves out what the machine did besides, by the thread's own time.
+decoded tokens a second to plain decoding, medians over the rounds; by wall time and, which with one thread leaves out
+what the machine did besides, by the thread's own time.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -31,6 +32,9 @@ from lsp_agent.engine.request import Request
 from lsp_agent.engine.sampling import Logits, Sampler
 from lsp_agent.models import store
 
+TURN = 24
+"""Tokens that one engine decodes before the next has its turn."""
+
 
 class Replayed:
     """A sampler that draws what it is told, after looking for the best token as a greedy one does."""
@@ -43,57 +47,64 @@ class Replayed:
         return self._target[len(seen) - self._prompt]
 
 
-def decode(engine: Engine, request: Request, target: Sequence[int] | None) -> dict[str, Any]:
-    """One answer; `target` is forced if there is one."""
-    forced = lambda *_: Replayed(len(request.prompt), target)  # noqa: E731
-    decoding.Sampler = forced if target is not None else Sampler  # type: ignore[attr-defined]
-    generation = engine.submit(request)
-    tokens = [next(generation).token]  # the prompt is read by now
-    wall, own = time.perf_counter(), time.thread_time()
-    tokens += [step.token for step in generation]
-    wall, own = time.perf_counter() - wall, time.thread_time() - own
-    timings = generation.timings
-    return {
-        "tokens": tokens,
-        "wall_s": wall,
-        "thread_s": own,
-        "drafted": timings.drafted_tokens,
-        "accepted": timings.accepted_tokens,
-    }
+class Run:
+    """One answer, decoded in turns with others."""
+
+    def __init__(self, engine: Engine, request: Request, target: Sequence[int] | None) -> None:
+        """Reads the prompt and draws the first token; `target` is forced if there is one."""
+        forced = lambda *_: Replayed(len(request.prompt), target)  # noqa: E731
+        decoding.Sampler = forced if target is not None else Sampler  # type: ignore[attr-defined]
+        self.generation = engine.submit(request)
+        self.tokens = [next(self.generation).token]
+        self.wall_s = self.thread_s = 0.0
+
+    def turn(self) -> bool:
+        """Decode the next few tokens; False at the end."""
+        wall, own = time.perf_counter(), time.thread_time()
+        drawn = [step.token for step in itertools.islice(self.generation, TURN)]
+        self.wall_s, self.thread_s = self.wall_s + time.perf_counter() - wall, self.thread_s + time.thread_time() - own
+        self.tokens += drawn
+        return len(drawn) == TURN
+
+    def speed(self, clock: str) -> float:
+        """Tokens a second by `wall_s` or `thread_s`."""
+        return (len(self.tokens) - 1) / max(getattr(self, clock), 1e-9)
 
 
-def measure(engine: Engine, task: Task, rounds: int, most: int, forced: bool) -> dict[str, Any]:
-    tokenizer = engine.tokenizer
+def measure(engines: dict[str, Engine], task: Task, rounds: int, most: int, forced: bool) -> dict[str, Any]:
+    plain = engines["plain"]
     messages = [{"role": "system", "content": drafting_tasks.SYSTEM}, {"role": "user", "content": task.request}]
-    prompt = engine.chat_prompt(messages).ids  # type: ignore[arg-type]
-    target = tokenizer.encode(task.target)[:most] if forced else None
+    prompt = plain.chat_prompt(messages).ids  # type: ignore[arg-type]
+    target = plain.tokenizer.encode(task.target)[:most] if forced else None
+    sampling = Sampling(max_tokens=len(target) if target is not None else most)
+    stops = frozenset() if forced else plain.stop_ids
     modes: dict[str, dict[str, Any]] = {"plain": {"drafting": False}, "drafted": {}}
     if task.source:
-        modes["predicted"] = {"prediction": tokenizer.encode(task.source)}
-
-    def ask(tokens: int, **options: Any) -> dict[str, Any]:
-        sampling = Sampling(max_tokens=min(tokens, len(target) if target is not None else most))
-        stops = frozenset() if forced else engine.stop_ids
-        return decode(engine, Request(prompt, sampling, stop_ids=stops, **options), target)
-
-    ask(8)  # reads the prompt
-    runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
+        modes["predicted"] = {"prediction": plain.tokenizer.encode(task.source)}
+    for mode in modes:
+        Run(engines[mode], Request(prompt, Sampling(max_tokens=4)), target).turn()  # reads the prompt
+    kept: list[dict[str, Run]] = []
     for _ in range(rounds):
-        for mode, options in modes.items():
-            runs[mode].append(ask(most, **options))
+        runs = {
+            mode: Run(engines[mode], Request(prompt, sampling, stop_ids=stops, **options), target)
+            for mode, options in modes.items()
+        }
+        going = list(runs.values())
+        while going:
+            going = [run for run in going if run.turn()]
+        kept.append(runs)
+    first = kept[0]["plain"].tokens
     row: dict[str, Any] = {"task": task.name, "kind": task.kind, "forced": forced, "prompt": len(prompt)}
-    plain = runs["plain"]
-    row["tokens"] = len(plain[0]["tokens"])
-    row["tokens_s"] = statistics.median((len(run["tokens"]) - 1) / run["wall_s"] for run in plain)
+    row["tokens"] = len(first)
+    row["tokens_s"] = statistics.median(runs["plain"].speed("wall_s") for runs in kept)
     for mode in list(modes)[1:]:
         for clock in ("wall_s", "thread_s"):
-            row[f"{mode}_{clock}"] = statistics.median(
-                before[clock] / len(before["tokens"]) * len(run["tokens"]) / run[clock]
-                for before, run in zip(plain, runs[mode], strict=True)
-            )
-        row[f"{mode}_drafted"], row[f"{mode}_accepted"] = (runs[mode][-1][key] for key in ("drafted", "accepted"))
-        pairs = zip(plain[0]["tokens"], runs[mode][0]["tokens"], strict=False)
-        row[f"{mode}_same"] = next((i for i, (a, b) in enumerate(pairs) if a != b), len(plain[0]["tokens"]))
+            ratios = [runs[mode].speed(clock) / runs["plain"].speed(clock) for runs in kept]
+            row[f"{mode}_{clock}"] = statistics.median(ratios)
+        timings = kept[-1][mode].generation.timings
+        row[f"{mode}_drafted"], row[f"{mode}_accepted"] = timings.drafted_tokens, timings.accepted_tokens
+        pairs = zip(first, kept[0][mode].tokens, strict=False)
+        row[f"{mode}_same"] = next((i for i, (a, b) in enumerate(pairs) if a != b), len(first))
     return row
 
 
@@ -117,7 +128,9 @@ def main() -> None:
     parser.add_argument("--forced", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    engine = Engine.load(store.resolve(arguments.model).path, threads=arguments.threads, context=8192)
+    package = store.resolve(arguments.model).path
+    modes = ("plain", "drafted", "predicted")
+    engines = {mode: Engine.load(package, threads=arguments.threads, context=8192) for mode in modes}
     tasks = drafting_tasks.rewrites() + drafting_tasks.fresh()
     if arguments.only:
         tasks = [task for task in tasks if {task.name, task.kind} & set(arguments.only)]
@@ -125,7 +138,7 @@ def main() -> None:
     print("| task | kind | tokens | plain, tokens/s | drafts | accepted | with prediction | accepted |")
     print("|---|---|---|---|---|---|---|---|")
     for task in tasks:
-        rows.append(measure(engine, task, arguments.rounds, arguments.tokens, arguments.forced))
+        rows.append(measure(engines, task, arguments.rounds, arguments.tokens, arguments.forced))
         show(rows[-1])
     for kind in dict.fromkeys(row["kind"] for row in rows):
         ratios = [statistics.median(row[key] for row in rows if row["kind"] == kind and key in row) for key in

@@ -1,4 +1,4 @@
-"""The engine as a process of its own: what its client can rely on. Uses the real 0.5B model."""
+"""The engine as a service: what its client can rely on. Uses the real 0.5B model."""
 
 from __future__ import annotations
 
@@ -6,22 +6,15 @@ import asyncio
 import json
 import os
 import signal
-import stat
-import subprocess
-import sys
-import tempfile
-import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 
 from lsp_agent.cancel import CancelToken
-from lsp_agent.chat_model import Message, Sampling, ToolSchema
-from lsp_agent.engine.service import client
+from lsp_agent.chat_model import AnswerFormat, ChatOptions, Message, Sampling, ToolSchema
 from lsp_agent.engine.service.client import EngineModel
 from lsp_agent.errors import Cancelled, UserError
 from lsp_agent.models import open_model, store
@@ -32,25 +25,32 @@ PREFIX = "def area(width, height):\n    "
 SUFFIX = "\n\n\nprint(area(2, 3))\n"
 MIDDLE = "return width * height"
 LINE = Sampling(max_tokens=16, stop=("\n",))
-STORY = [{"role": "user", "content": "Tell a very long story about a lighthouse."}]
+STORY: list[Message] = [{"role": "user", "content": "Tell a very long story about a lighthouse."}]
+
+
+def opened(name: str) -> EngineModel:
+    try:
+        store.resolve(name)
+    except UserError as error:
+        pytest.skip(str(error))
+    model = open_model(name)
+    assert isinstance(model, EngineModel)
+    return model
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineModel]:
-    try:
-        installed = store.resolve("qwen2.5-coder-0.5b")
-    except UserError as error:
-        pytest.skip(str(error))
+    """On an engine of this module's own, which all of its tests share."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LSP_AGENT_STATE_DIR", str(tmp_path_factory.mktemp("state")))
-        opened = EngineModel(installed.name, installed.path, tier="small", context_length=2048)
-    yield opened
-    opened.close()
+        client = opened("qwen2.5-coder-0.5b")
+    yield client
+    client.close()
 
 
 def ask(model: EngineModel, path: str, body: dict[str, object]) -> httpx.Response:
     async def post() -> httpx.Response:
-        transport = httpx.AsyncHTTPTransport(uds=str(model.process.socket))
+        transport = httpx.AsyncHTTPTransport(uds=str(model.endpoint.place.socket))
         async with httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=60) as http:
             return await http.post(path, json=body)
 
@@ -106,141 +106,31 @@ def test_cancel_stops_decoding_and_the_engine_is_free_at_once(model: EngineModel
 
 
 def test_a_prompt_beyond_the_context_is_refused_in_one_sentence(model: EngineModel) -> None:
-    with pytest.raises(UserError, match=r"context holds 2048"):
-        model.chat([{"role": "user", "content": "word " * 3000}], Sampling(), CancelToken())
+    with pytest.raises(UserError, match=r"context holds 8192"):
+        model.chat([{"role": "user", "content": "word " * 9000}], Sampling(), CancelToken())
 
 
-def test_only_the_user_can_open_the_socket(model: EngineModel) -> None:
-    assert stat.S_IMODE(model.process.socket.stat().st_mode) & 0o077 == 0
-    assert stat.S_IMODE(model.process.socket.parent.stat().st_mode) == 0o700
+def test_what_is_asked_of_the_answer_reaches_the_engine(model: EngineModel) -> None:
+    """Options of a chat, over the API's fields: a format, a tool that must be called, text to copy from."""
+    asked: list[Message] = [{"role": "user", "content": "What is 6 times 7?"}]
+    sampling = Sampling(max_tokens=40)
+    digits = ChatOptions(answer_format=AnswerFormat("regex", "[0-9]{2}"), urgent=True)
+    text = model.chat(asked, sampling, CancelToken(), options=digits)[0].text
+    assert len(text) == 2 and text.isdecimal()
+    forced = ChatOptions(tool_choice="read_file")
+    [call] = model.chat(asked, sampling, CancelToken(), tools=[READ_FILE], options=forced)[0].tool_calls
+    assert call.name == "read_file" and not call.errors
+    copied = ChatOptions(prediction="6 times 7 is 42. " * 10)
+    assert model.chat(asked, sampling, CancelToken(), options=copied)[0].text
 
 
-def test_the_log_is_the_users_alone_and_holds_no_prompt(model: EngineModel) -> None:
-    model.chat([{"role": "user", "content": "PURPLE-ELEPHANT"}], Sampling(max_tokens=1), CancelToken())
-    assert stat.S_IMODE(model.process.log.stat().st_mode) == 0o600
-    assert "PURPLE" not in model.process.log.read_text()
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "names"),
-    [
-        ("/v1/completions", {"prompt": "x", "temperature": -1}, "temperature"),
-        ("/v1/completions", {"prompt": "x", "colour": "red"}, "colour"),
-        ("/v1/completions", {}, "prompt"),
-        ("/v1/completions", {"prompt": ""}, "empty"),
-        ("/v1/completions", {"prompt": "x", "echo": True}, "echo"),
-        ("/v1/chat/completions", {"messages": []}, "messages"),
-    ],
-)
-def test_a_bad_request_gets_the_apis_error_shape(
-    model: EngineModel, path: str, body: dict[str, object], names: str
-) -> None:
-    response = ask(model, path, body)
-    assert response.status_code == 400
-    error = response.json()["error"]
-    assert error["type"] == "invalid_request_error"
-    assert names in error["message"]
-
-
-def test_a_killed_engine_is_started_again_and_the_question_answered(model: EngineModel) -> None:
-    before = model.process.pid
-    os.kill(before, signal.SIGKILL)
-    [answer] = model.infill(PREFIX, SUFFIX, LINE, CancelToken())
-    assert answer.text == MIDDLE
-    assert model.process.pid != before
-
-
-def test_an_engine_killed_while_it_answers_is_asked_again(model: EngineModel) -> None:
-    pid = model.process.pid
+def test_an_engine_killed_while_it_answers_is_started_again_and_asked_again(model: EngineModel) -> None:
+    pid = model.endpoint.about.pid
     threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
     [answer] = model.chat(STORY, Sampling(max_tokens=120), CancelToken())
     assert answer.finish_reason in ("stop", "length")
-    assert model.process.pid != pid
-
-
-def test_an_idle_engine_gives_its_memory_back_and_comes_again(
-    small_model: store.InstalledModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client, "IDLE_SECONDS", 0.5)
-    model = EngineModel(small_model.name, small_model.path, tier="small", context_length=512)
-    try:
-        assert model.process.ended(within_s=30)
-        assert model.infill(PREFIX, SUFFIX, LINE, CancelToken())[0].text == MIDDLE
-    finally:
-        model.close()
-    with pytest.raises(Cancelled):
-        model.infill(PREFIX, SUFFIX, LINE, CancelToken())
-
-
-def test_the_engine_ends_with_its_parent_even_by_kill_9(small_model: store.InstalledModel) -> None:
-    program = textwrap.dedent(
-        f"""
-        import time
-        from lsp_agent.models import open_model
-        process = open_model({small_model.name!r}).process
-        print(process.pid, process.socket.parent, flush=True)
-        time.sleep(60)
-        """
-    )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        pid, folder = parent.stdout.readline().split()
-        engine = int(pid)
-        parent.kill()
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{engine}").exists() and not _zombie(engine):
-        assert time.monotonic() < deadline, "the engine outlived its parent"
-        time.sleep(0.05)
-    assert not Path(folder).exists(), "its socket stayed behind"
-
-
-def _zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except OSError:
-        return True
-
-
-def test_code_in_the_current_folder_is_never_imported(
-    small_model: store.InstalledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("uvicorn", "queue", "numpy"):
-        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    monkeypatch.chdir(tmp_path)
-    model = EngineModel(small_model.name, small_model.path, tier="small", context_length=512)
-    model.close()
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("variable", ["XDG_RUNTIME_DIR", "TMPDIR"])
-def test_an_unusable_folder_for_sockets_is_passed_over(
-    small_model: store.InstalledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
-    long = tmp_path / ("long" * 30)
-    long.mkdir()
-    monkeypatch.setenv(variable, str(long if variable == "TMPDIR" else tmp_path / "missing"))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    model = EngineModel(small_model.name, small_model.path, tier="small", context_length=512)
-    folder = model.process.socket.parent
-    assert len(str(model.process.socket)) < 107
-    model.close()
-    assert not folder.exists()
-
-
-def test_a_damaged_package_is_one_sentence(small_model: store.InstalledModel, tmp_path: Path) -> None:
-    package = tmp_path / "package"
-    package.mkdir()
-    for file in small_model.path.iterdir():
-        if file.name != "weights.bin":
-            (package / file.name).write_bytes(file.read_bytes())
-    (package / "weights.bin").write_bytes(b"\0" * 100)
-    with pytest.raises(UserError):
-        EngineModel("broken", package, tier="small", context_length=512)
-
-
-def test_an_unknown_model_is_one_sentence() -> None:
-    with pytest.raises(UserError, match="model"):
-        open_model("no-such-model")
+    assert model.endpoint.about.pid != pid
+    assert model.infill(PREFIX, SUFFIX, LINE, CancelToken())[0].text == MIDDLE
 
 
 READ_FILE = ToolSchema(
@@ -278,7 +168,7 @@ def test_a_tool_is_called_with_typed_arguments(model: EngineModel) -> None:
 
 
 def test_a_stream_says_what_the_whole_answer_says(model: EngineModel) -> None:
-    body = {"messages": [{"role": "user", "content": "Count to five."}], "max_tokens": 24}
+    body = {"messages": [{"role": "user", "content": "Count to five."}], "max_tokens": 24, "temperature": 0}
     whole = ask(model, "/v1/chat/completions", body).json()["choices"][0]
     *blocks, done, _ = ask(model, "/v1/chat/completions", {**body, "stream": True}).text.split("\n\n")
     choices = [json.loads(block.removeprefix("data: "))["choices"][0] for block in blocks]
@@ -290,7 +180,7 @@ def test_a_stream_says_what_the_whole_answer_says(model: EngineModel) -> None:
 
 def test_a_client_that_leaves_a_stream_frees_the_engine(model: EngineModel) -> None:
     async def leave() -> None:
-        transport = httpx.AsyncHTTPTransport(uds=str(model.process.socket))
+        transport = httpx.AsyncHTTPTransport(uds=str(model.endpoint.place.socket))
         body = {"messages": STORY, "max_tokens": 1500, "stream": True}
         async with (
             httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=60) as http,
@@ -308,11 +198,7 @@ def test_a_client_that_leaves_a_stream_frees_the_engine(model: EngineModel) -> N
 
 def test_a_tools_result_is_answered_from() -> None:
     """The 0.5B model calls its tool again and again, the 1.5B model answers once no tools are on offer."""
-    try:
-        installed = store.resolve("qwen2.5-coder-1.5b")
-    except UserError as error:
-        pytest.skip(str(error))
-    larger = EngineModel(installed.name, installed.path, tier="small", context_length=2048)
+    larger = opened("qwen2.5-coder-1.5b")
     try:
         [answer] = larger.chat(call_and_result(larger), Sampling(max_tokens=40), CancelToken())
     finally:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from lsp_agent.engine.device import Array, CpuDevice, Device
 from lsp_agent.engine.host_memory import HostMemory, bytes_of
+from lsp_agent.engine.prefix_disk import PrefixDisk, PrefixLostError
 from lsp_agent.engine.prefix_limits import memory_limit
-from lsp_agent.engine.prefix_store import Path, PrefixStore, Readable, Segment
+from lsp_agent.engine.prefix_store import Part, Path, PrefixStore, Readable
 from lsp_agent.engine.prefix_tree import shared_prefix
 from lsp_agent.engine.state import State, StateSpec, recurrent_shapes, segment_shapes
 
@@ -34,16 +35,19 @@ CLOSE_STOP = 16
 class CacheStats:
     """Of a prefix cache, tokens and bytes.
 
-    Since the start: `requests`; tokens that were `asked` for and those `found_in_states` and `found_in_memory`, which
-    were not read again; `evictions` from main memory. Now: `states`, of which some are `taken`, and their tokens;
-    tokens and `checkpoints` (copies of recurrent states) in main memory; its `memory_bytes` in use of a `memory_limit`.
+    Since the start: `requests`; tokens that were `asked` for and those `found_in_states`, `found_in_memory` and
+    `found_on_disk`, which were not read again; `evictions` from main memory and from disk. Now: `states`, of which some
+    are `taken`, and their tokens; tokens and `checkpoints` (copies of recurrent states) in main memory; its
+    `memory_bytes` in use of a `memory_limit`; the same of the disk.
     """
 
     requests: int
     asked: int
     found_in_states: int
     found_in_memory: int
+    found_on_disk: int
     evictions: int
+    disk_evictions: int
     states: int
     taken: int
     state_tokens: int
@@ -52,6 +56,9 @@ class CacheStats:
     memory_bytes: int
     memory_limit: int
     checkpoints: int
+    disk_tokens: int
+    disk_bytes: int
+    disk_limit: int
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class PrefixCache:
     """States to be taken for a prompt and given back. For one thread.
 
     `slots`: how many there are at most. `memory`: bytes of main memory for what states have lost and for checkpoints,
-    by default `memory_limit()`.
+    by default `memory_limit()`. `disk`: where goes what has no room there.
     """
 
     def __init__(
@@ -80,6 +87,7 @@ class PrefixCache:
         slots: int = PREFIX_SLOTS,
         device: Device | None = None,
         memory: int | None = None,
+        disk: PrefixDisk | None = None,
     ) -> None:
         self.capacity = capacity
         self._specs = tuple(specs)
@@ -88,14 +96,15 @@ class PrefixCache:
         self._memory = HostMemory(memory_limit() if memory is None else memory)
         cache = weakref.ref(self)  # so that memory is given back with the last reference to the cache
         self._memory.evict = lambda: (one := cache()) is not None and one._evict()
-        self._store = PrefixStore(self._specs, self._memory)
-        weakref.finalize(self, self._store.clear).atexit = False
+        self._disk = disk
+        self._store = PrefixStore(self._specs, self._memory, disk)
+        weakref.finalize(self, self._store.clear, disk=False).atexit = False
         self._recurrent = bool(recurrent_shapes(self._specs))
         self._states: list[State] = []  # least recently used first
         self._taken: list[State] = []
         self.unfinished = False
         """Whether the last `take` returned None for want of time, not of states."""
-        self._requests = self._asked = self._from_states = self._from_memory = 0
+        self._requests = self._asked = self._from_states = self._from_memory = self._from_disk = 0
 
     def take(self, ids: Sequence[int], boundaries: Sequence[int] = (), seconds: float = float("inf")) -> State | None:
         """A state that has read the longest known prefix of `ids` and nothing else; its `ids` say how much.
@@ -105,22 +114,31 @@ class PrefixCache:
         states are taken, or when more than `seconds` would have to be spent on moving tokens: then it is `unfinished`,
         and another call goes on with it.
         """
-        deadline, self.unfinished = time.monotonic() + seconds, False
-        wanted = list(ids[:-1])
+        while True:
+            try:
+                return self._take(list(ids), boundaries, time.monotonic() + seconds)
+            except PrefixLostError:  # the next best, then
+                continue
+
+    def _take(self, ids: list[int], boundaries: Sequence[int], deadline: float) -> State | None:
+        self.unfinished = False
+        wanted = ids[:-1]
         plan = self._plan(wanted)
         self._store.touch(plan.path)
         # Held from here on, since what a state loses may take their place.
-        parts = list(self._store.parts(plan.path, plan.shared, plan.length))
+        parts = self._store.parts(plan.path, plan.shared, plan.length)
         recurrent = self._recurrent_at(wanted, plan)
         target = self._target(plan, deadline)
         if target is None or not self._load(target, wanted, plan, parts, recurrent, deadline):
             return None
         self._use(target)
         target.stops = self._stops(len(ids), plan, boundaries)
+        on_disk = sum(part.stop - part.start for part in parts if part.content is None)
         self._requests += 1
         self._asked += len(ids)
         self._from_states += plan.shared
-        self._from_memory += plan.length - plan.shared
+        self._from_memory += plan.length - plan.shared - on_disk
+        self._from_disk += on_disk
         self._taken.append(target)
         return target
 
@@ -143,6 +161,14 @@ class PrefixCache:
         shared = max((shared_prefix(state.ids, view.ids) for state in self._states if state is not view), default=0)
         self._store.save(view, shared)
 
+    def close(self) -> None:
+        """Before the process ends or the model is unloaded: leave what is known on disk, if there is one."""
+        if self._disk is not None:
+            for state in reversed(self._states):
+                self._store.save(state, 0)
+            self._store.flush()
+            self._disk.close()
+
     def clear(self) -> None:
         """Forget every prompt and free its memory; states that are taken stay their takers'."""
         self._states = list(self._taken)
@@ -159,7 +185,9 @@ class PrefixCache:
             asked=self._asked,
             found_in_states=self._from_states,
             found_in_memory=self._from_memory,
+            found_on_disk=self._from_disk,
             evictions=store.evictions,
+            disk_evictions=store.disk_evictions,
             states=len(self._states),
             taken=len(self._taken),
             state_tokens=tokens,
@@ -168,6 +196,9 @@ class PrefixCache:
             memory_bytes=self._memory.used,
             memory_limit=self._memory.limit,
             checkpoints=store.checkpoints,
+            disk_tokens=store.disk_tokens,
+            disk_bytes=self._disk.used if self._disk else 0,
+            disk_limit=self._disk.limit if self._disk else 0,
         )
 
     # Finding the longest prefix
@@ -178,7 +209,7 @@ class PrefixCache:
         known = max([*agreed, path[-1][0].start + path[-1][1] if path else 0])
         points: set[int] = {0}
         if self._recurrent:
-            points |= {node.end for node, tokens in path if node.mark is not None and tokens == len(node.tokens)}
+            points |= self._store.points(path)
             for state, shared in zip(self._states, agreed, strict=True):
                 points |= {length for length in state.points if length <= shared}
         plans = []
@@ -204,7 +235,7 @@ class PrefixCache:
                 if state is plan.source:
                     return arrays
                 return {name: self._device.copy(array) for name, array in arrays.items()}  # it may be recycled
-        return next(node.mark for node, _ in plan.path if node.end == plan.length and node.mark is not None)
+        return self._store.checkpoint(plan.path, plan.length)
 
     def _stops(self, total: int, plan: _Plan, boundaries: Sequence[int]) -> tuple[int, ...]:
         """Where a recurrent state is to be remembered while the rest of a prompt of `total` tokens is read.
@@ -267,7 +298,7 @@ class PrefixCache:
         target: State,
         wanted: list[int],
         plan: _Plan,
-        parts: list[tuple[int, Segment]],
+        parts: list[Part],
         recurrent: Mapping[str, Array],
         deadline: float,
     ) -> bool:
@@ -279,12 +310,16 @@ class PrefixCache:
             return True
         if source is not None and target is not source:
             target.copy_keys_values(source, 0, plan.shared)
-        for place, (start, arrays) in enumerate(parts):
+        for place, part in enumerate(parts):
             if place and not self._recurrent and time.monotonic() > deadline:
-                target.resume(wanted[:start], {})
+                target.resume(wanted[: part.start], {})
                 self.unfinished = True
                 return False
-            target.write(start, arrays)
+            try:
+                target.write(part.start, self._store.read(part))
+            except PrefixLostError:
+                target.resume([], {})  # some of what it had read is overwritten
+                raise
         target.resume(wanted[: plan.length], recurrent)
         if source is not None and target is not source:
             target.checkpoints.share(source.checkpoints, plan.shared)

@@ -9,6 +9,7 @@ from lsp_agent.errors import UserError
 from lsp_agent.machine import usable_memory
 
 MEMORY_VARIABLE = "LSP_AGENT_CACHE_MEMORY"
+DISK_VARIABLE = "LSP_AGENT_CACHE_DISK"
 SHARE = 4
 """Of the main memory that is usable when a model is loaded, a quarter."""
 MOST = 32 << 30
@@ -20,6 +21,12 @@ def memory_limit() -> int:
     """Bytes of main memory: as the environment says, else a share of what is usable now. Raises `UserError`."""
     wanted = os.environ.get(MEMORY_VARIABLE)
     return size_of(wanted, MEMORY_VARIABLE) if wanted else min(usable_memory() // SHARE, MOST)
+
+
+def disk_limit() -> int:
+    """Bytes of disk for each model: as the environment says, else none. Raises `UserError`."""
+    wanted = os.environ.get(DISK_VARIABLE)
+    return size_of(wanted, DISK_VARIABLE) if wanted else 0
 
 
 def size_of(text: str, variable: str) -> int:

@@ -1,10 +1,10 @@
-"""What past prompts left in main memory: keys and values in a radix tree over tokens, and recurrent states."""
+"""What past prompts left in main memory and on disk: keys and values in a radix tree over tokens, recurrent states."""
 
 from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
@@ -13,11 +13,14 @@ import numpy as np
 
 from lsp_agent.engine.device import Array
 from lsp_agent.engine.host_memory import HostMemory, bytes_of
-from lsp_agent.engine.prefix_tree import Node, PrefixTree
+from lsp_agent.engine.prefix_disk import PrefixDisk, PrefixLostError, Stored, prompt_hash
+from lsp_agent.engine.prefix_tree import LONGEST, Node, PrefixTree
 from lsp_agent.engine.recurrent_copies import RecurrentCopies
 from lsp_agent.engine.state import StateSpec, recurrent_shapes, segment_shapes
 
-Segment = dict[str, np.ndarray]
+NODES = 16
+"""For as many nodes of keys and values there is room at least."""
+Segment = Mapping[str, np.ndarray]
 """Keys and values [heads, tokens, head size] of consecutive tokens, by `past` name."""
 Checkpoint = Mapping[str, np.ndarray]
 """Recurrent states [1, ...] by `past` name."""
@@ -42,56 +45,133 @@ class Readable(Protocol):
 
 @dataclass
 class StoreStats:
-    """Now: `tokens` whose keys and values are here, copies of recurrent states (`checkpoints`); `evictions` so far."""
+    """Now: `tokens` whose keys and values are in main memory, copies of recurrent states there (`checkpoints`), and
+    `disk_tokens` in files; `evictions` from main memory and from disk so far."""
 
     tokens: int = 0
     checkpoints: int = 0
+    disk_tokens: int = 0
     evictions: int = 0
+    disk_evictions: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens `start` to `stop` of a prompt, which are kept in `node`: in `content`, or on disk.
+
+    `first`: where the node began, which moves when it is split.
+    """
+
+    start: int
+    stop: int
+    node: Kept
+    first: int
+    content: Segment | None
 
 
 class PrefixStore:
     """Within the budget of `memory`, what is evicted first is what was used least lately and is cheapest to read again
-    for its bytes (GreedyDual-Size; Cao and Irani, 1997).
+    for its bytes (GreedyDual-Size; Cao and Irani, 1997); it goes to `disk`, if there is one.
 
     A node may lack its keys and values while a state in the device's memory has them: a branch is kept without a second
     copy of what it shares with that state, and is usable as long as that state is.
     """
 
-    def __init__(self, specs: Iterable[StateSpec], memory: HostMemory) -> None:
+    def __init__(self, specs: Iterable[StateSpec], memory: HostMemory, disk: PrefixDisk | None = None) -> None:
         self._specs = tuple(specs)
-        self._memory = memory
+        self._memory, self._disk = memory, disk
         self._recurrent = bytes_of(recurrent_shapes(self._specs))
         self._a_token = bytes_of(segment_shapes(self._specs, 64)) / 64
-        self._tree: PrefixTree[Segment, Checkpoint] = PrefixTree(self._split)
+        self._tree = self._new_tree()
+        self._files: dict[Kept, Stored] = {}
         self._clock = 0.0
         self._uses = count(1)
         self._heap: list[tuple[tuple[float, int], int, Kept]] = []
-        self._evictions = 0
+        self._evictions = self._disk_evictions = 0
+        if disk is not None:
+            self._find_files(disk)
+
+    def _new_tree(self) -> PrefixTree[Segment, Checkpoint]:
+        """Of nodes that are small beside the budget."""
+        room = int(self._memory.limit / NODES / self._a_token) if self._a_token else LONGEST
+        return PrefixTree(self._split, min(LONGEST, max(1, room)))
+
+    # Finding
 
     def walk(self, ids: Sequence[int]) -> Path:
         """What is known of a prompt."""
         return self._tree.walk(ids)
 
+    def extent(self, path: Path, start: int) -> int:
+        """How many tokens of a path are here without a gap, if the first `start` are elsewhere; at least `start`."""
+        reached = start
+        for node, agreed in path:
+            if node.end <= start:
+                continue
+            if node.content is None and node not in self._files:
+                break
+            reached = max(reached, node.start + agreed)
+        return reached
+
+    def points(self, path: Path) -> set[int]:
+        """Lengths after which recurrent states are here."""
+        return {node.end for node, agreed in path if agreed == len(node.tokens) and self._marked(node)}
+
+    def parts(self, path: Path, start: int, stop: int) -> list[Part]:
+        """The tokens from `start` to `stop`; what is in main memory stays there as long as a part refers to it."""
+        found = []
+        for node, _ in path:
+            first, last = max(start, node.start), min(stop, node.end)
+            if first < last:
+                found.append(Part(first, last, node, node.start, node.content))
+        return found
+
+    def read(self, part: Part) -> Segment:
+        """Keys and values of a part; raises `PrefixLostError` when they were on disk and are no more."""
+        content = part.content if part.content is not None else self._from_disk(part.node)[0]
+        places = slice(part.start - part.first, part.stop - part.first)
+        return {name: array[:, places] for name, array in content.items()}
+
+    def checkpoint(self, path: Path, length: int) -> Checkpoint:
+        """The recurrent states after `length` tokens, one of the `points`; raises `PrefixLostError`."""
+        node = next(node for node, _ in path if node.end == length)
+        mark = node.mark if node.mark is not None else self._from_disk(node)[1]
+        if mark is None:
+            raise PrefixLostError
+        return mark
+
+    def touch(self, path: Path) -> None:
+        """Note that these were used."""
+        self._touch(node for node, _ in path)
+
+    def _marked(self, node: Kept) -> bool:
+        return node.mark is not None or (node in self._files and self._files[node].checkpoint)
+
+    # Keeping
+
     def save(self, view: Readable, start: int, deadline: float = float("inf")) -> bool:
         """Keep what `view` has read from token `start` on, as far as it is not here and there is room.
 
-        False when `deadline` (of `time.monotonic`) came first; another call goes on. Of a recurrent model what follows
-        the last checkpoint is kept up to the present state, which is copied as well.
+        False when `deadline` (of `time.monotonic`) came first; another call goes on. Of a recurrent model the copies of
+        its states are kept, and one of the present state.
         """
         ids = view.ids
         marks = {*view.checkpoints.lengths, len(ids)} if self._recurrent else set()
         marks = {length for length in marks if start < length <= len(ids)}
-        if len(ids) <= start or self._has(ids, start, marks):
+        path = self.walk(ids)
+        if len(ids) <= start or (self.extent(path, start) >= len(ids) and marks <= self.points(path)):
             return True
         for length in sorted({start, *marks}):
-            self._tree.insert(ids[:length])
-        nodes = self._tree.insert(ids)
+            self._insert(ids[:length])
+        nodes = self._insert(ids)
         self._touch(nodes)
         waiting = [node for node in nodes if node.end > start and self._lacks(node, marks)]
         done = True
         for place, node in enumerate(waiting, 1):
             if not self._fill(node, view, node.end in marks):
                 break
+            if self._disk is not None:
+                self._push(node)  # what follows may need its place
             if time.monotonic() > deadline and place < len(waiting):
                 done = False
                 break
@@ -99,7 +179,35 @@ class PrefixStore:
         self._touch(node for node in nodes if node.parent is not None)
         return done
 
+    def flush(self) -> None:
+        """Write to disk what is not there, the latest in use first, as far as there is room."""
+        if self._disk is not None:
+            for node in sorted(self._tree, key=lambda node: (-node.priority[1], node.start)):
+                self._store(node, evicting=False)
+
+    def clear(self, disk: bool = True) -> None:
+        """Forget everything; without `disk` only what is in main memory."""
+        for node in self._tree:
+            node.content = node.mark = None  # parents and children refer to each other
+        if disk and self._disk is not None:
+            for stored in self._files.values():
+                self._disk.remove(stored)
+        self._files.clear()
+        self._tree = self._new_tree()
+        self._heap.clear()
+
+    def stats(self) -> StoreStats:
+        """How much is here."""
+        stats = StoreStats(evictions=self._evictions, disk_evictions=self._disk_evictions)
+        for node in self._tree:
+            stats.tokens += len(node.tokens) if node.content is not None else 0
+            stats.checkpoints += node.mark is not None
+        stats.disk_tokens = sum(len(stored.tokens) for stored in self._files.values())
+        return stats
+
     def _lacks(self, node: Kept, marks: set[int]) -> bool:
+        if node in self._files:
+            return node.end in marks and not self._marked(node)
         return node.content is None or (node.mark is None and node.end in marks)
 
     def _fill(self, node: Kept, view: Readable, mark: bool) -> bool:
@@ -113,32 +221,20 @@ class PrefixStore:
             node.mark = view.checkpoints.in_main_memory(node.end, self._memory)
             if node.mark is None and node.end == len(view.ids):
                 node.mark = view.checkpoints.copied(view.recurrent, self._memory)
+            if node.mark is not None and node in self._files:
+                self._forget_file(node)  # which lacks it
         return True
 
-    def extent(self, path: Path, start: int) -> int:
-        """How many tokens of a path are here without a gap, if the first `start` are elsewhere; at least `start`."""
-        reached = start
-        for node, agreed in path:
-            if node.end <= start:
-                continue
-            if node.content is None:
-                break
-            reached = max(reached, node.start + agreed)
-        return reached
-
-    def parts(self, path: Path, start: int, stop: int) -> Iterator[tuple[int, Segment]]:
-        """Keys and values of the tokens from `start` to `stop`, in pieces, each with where it begins."""
-        for node, _ in path:
-            first, last = max(start, node.start), min(stop, node.end)
-            if first < last:
-                assert node.content is not None
-                places = slice(first - node.start, last - node.start)
-                yield first, {name: array[:, places] for name, array in node.content.items()}
-
-    def _has(self, ids: Sequence[int], start: int, marks: set[int]) -> bool:
+    def _insert(self, ids: Sequence[int]) -> list[Kept]:
+        """As the tree's; a node that is about to be split comes back from disk."""
         path = self.walk(ids)
-        known = {node.end for node, agreed in path if node.mark is not None and agreed == len(node.tokens)}
-        return self.extent(path, start) >= len(ids) and marks <= known
+        if path and path[-1][1] < len(path[-1][0].tokens) and (node := path[-1][0]) in self._files:
+            try:
+                node.content, node.mark, _ = self._from_disk(node)
+                self._forget_file(node)
+            except PrefixLostError:
+                pass
+        return self._tree.insert(ids)
 
     def _split(self, content: Segment, at: int) -> tuple[Segment, Segment]:
         """Copies: views would keep all of the bytes for as long as one part is needed."""
@@ -152,47 +248,83 @@ class PrefixStore:
             halves.append(half)
         return halves[0], halves[1]
 
-    # Eviction
+    # Files
 
-    def touch(self, path: Path) -> None:
-        """Note that these were used."""
-        self._touch([node for node, _ in path])
+    def _find_files(self, disk: PrefixDisk) -> None:
+        """Hang what an earlier process left into the tree."""
+        known = {prompt_hash(()): self._tree.root}
+        for stored in disk.found():
+            parent = known.get(stored.before)
+            if parent is None or stored.tokens[0] in parent.children or parent.end != stored.start:
+                disk.remove(stored)
+                continue
+            node: Kept = Node(stored.tokens, parent)
+            parent.children[stored.tokens[0]] = known[stored.after] = node
+            self._files[node] = stored
+
+    def _store(self, node: Kept, evicting: bool = True) -> bool:
+        """Have a node on disk, in the place of others if need be and if `evicting`."""
+        if self._disk is None or node in self._files or node.content is None:
+            return node in self._files
+        size = int(len(node.tokens) * (self._a_token + 16)) + self._recurrent + 1024
+        while self._disk.used + size > self._disk.limit:
+            ends = [one for one in self._files if not any(child in self._files for child in one.children.values())]
+            if not evicting or not ends:
+                return False
+            self._disk_evictions += 1
+            self._forget_file(min(ends, key=lambda one: one.priority))
+        ids: list[int] = []
+        above: Kept | None = node
+        while above is not None:
+            ids[:0], above = above.tokens, above.parent
+        stored = self._disk.write(ids, node.start, node.content, node.mark)
+        if stored is not None:
+            self._files[node] = stored
+        return stored is not None
+
+    def _from_disk(self, node: Kept) -> tuple[Segment, Checkpoint | None, bool]:
+        """What is in a node's file, which main memory then has as well if there is room; raises `PrefixLostError`."""
+        if self._disk is None or node not in self._files:
+            raise PrefixLostError
+        try:
+            content, mark, roomy = self._disk.read(self._files[node], self._memory)
+        except PrefixLostError:
+            self._forget_file(node)
+            raise
+        if roomy:
+            node.content = content if node.content is None else node.content
+            node.mark = mark if node.mark is None else node.mark
+            self._push(node)
+        return content, mark, roomy
+
+    def _forget_file(self, node: Kept) -> None:
+        stored = self._files.pop(node, None)
+        if stored is not None and self._disk is not None:
+            self._disk.remove(stored)
+            self._prune(node)
+
+    # Eviction
 
     def evict(self) -> bool:
         """Give back the memory of what is worth least; False when there is nothing left.
 
-        Keys and values go from the ends of branches, copies of recurrent states from anywhere.
+        Keys and values go from the ends of branches, if not to disk, and copies of recurrent states from anywhere.
         """
         while self._heap:
             priority, _, node = heapq.heappop(self._heap)
             if priority != node.priority or node.parent is None:
                 continue
-            if node.children and node.mark is None:
+            stored = self._store(node)
+            if node.children and node.mark is None and not (stored and node.content is not None):
                 continue  # its turn comes when it ends a branch
             self._clock = max(self._clock, priority[0])
             self._evictions += 1
-            if node.children:
-                node.mark = None
-            else:
-                node.content = node.mark = None
-                self._prune(node)
+            node.mark = None
+            if stored or not node.children:
+                node.content = None
+            self._prune(node)
             return True
         return False
-
-    def clear(self) -> None:
-        """Forget everything."""
-        for node in self._tree:
-            node.content = node.mark = None  # parents and children refer to each other
-        self._tree = PrefixTree(self._split)
-        self._heap.clear()
-
-    def stats(self) -> StoreStats:
-        """How much is here."""
-        stats = StoreStats(evictions=self._evictions)
-        for node in self._tree:
-            stats.tokens += len(node.tokens) if node.content is not None else 0
-            stats.checkpoints += node.mark is not None
-        return stats
 
     def _touch(self, nodes: Iterable[Kept]) -> None:
         use = next(self._uses)
@@ -201,27 +333,30 @@ class PrefixStore:
             self._push(node)
 
     def _push(self, node: Kept) -> None:
-        if node.mark is not None or (node.content is not None and not node.children):
+        if node.mark is not None or (node.content is not None and (self._disk is not None or not node.children)):
             heapq.heappush(self._heap, (node.priority, next(self._uses), node))
 
     def _value(self, node: Kept) -> float:
         """What would be read again without it, over its bytes; 1 for keys and values alone."""
         if not self._recurrent:
             return 1.0
-        if node.mark is None:
+        if not self._marked(node):
             return 0.0  # no prompt can end here
         kept = self._recurrent + (0 if node.children or node.content is None else len(node.tokens) * self._a_token)
         before = node.parent
-        while before is not None and before.mark is None:
+        while before is not None and not self._marked(before):
             before = before.parent
         return (node.end - (before.end if before else 0)) * self._a_token / kept
 
     def _prune(self, node: Kept) -> None:
         """Take out what keeps nothing, from the end of a branch back."""
-        while node.parent is not None and not node.children and node.content is None and node.mark is None:
+        while node.parent is not None and not node.children and self._is_bare(node):
             parent = node.parent
             self._tree.remove(node)
             node.parent = None
             node = parent
         if node.parent is not None:
             self._push(node)
+
+    def _is_bare(self, node: Kept) -> bool:
+        return node.content is None and node.mark is None and node not in self._files

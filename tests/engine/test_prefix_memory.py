@@ -2,13 +2,12 @@
 
 import gc
 import random
-from collections import defaultdict
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transcripts import Reader, Transcript, cold
+from transcripts import Reader, Transcript, Witness, cold
 
 from lsp_agent.engine.host_memory import HostMemory, bytes_of, carve
 from lsp_agent.engine.package import Package
@@ -21,37 +20,6 @@ from lsp_agent.errors import UserError
 
 HYBRID, ATTENTION = "qwen3-next", "qwen3"
 CONTEXT = 2048
-
-
-class Witness(Reader):
-    """Remembers the bits of every key and value and of every recurrent state that was read, by the tokens before."""
-
-    def __init__(self, *arguments) -> None:
-        super().__init__(*arguments)
-        self.bits = defaultdict(set)
-
-    def go_on(self, state, ids, most=None):
-        self.start = state.length
-        return super().go_on(state, ids, most)
-
-    def note(self, state):
-        for key, digest in self.digests(state, self.start):
-            self.bits[key].add(digest)
-        self.start = state.length
-
-    def digests(self, state, start=0):
-        arrays = [array[0, :, : state.length] for array in state._growing.values()]
-        key = 0
-        for place, token in enumerate(state.ids):
-            key = hash((key, token))
-            if place >= start:
-                yield key, hash(b"".join(array[:, place].tobytes() for array in arrays))
-        if self.decoder.recurrent:
-            yield (key, "recurrent"), hash(b"".join(array.tobytes() for array in state.recurrent.values()))
-
-    def unread(self, state):
-        """What of a state was never read."""
-        return [key for key, digest in self.digests(state) if digest not in self.bits[key]]
 
 
 @pytest.fixture(scope="module")

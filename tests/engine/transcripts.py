@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 
 import numpy as np
 
@@ -106,6 +107,37 @@ class Reader:
         self.end(state)
         transcript.add("assistant", text=text)
         return ran
+
+
+class Witness(Reader):
+    """Remembers the bits of every key and value and of every recurrent state that was read, by the tokens before."""
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.bits = defaultdict(set)
+
+    def go_on(self, state, ids, most=None):
+        self.start = state.length
+        return super().go_on(state, ids, most)
+
+    def note(self, state):
+        for key, digest in self.digests(state, self.start):
+            self.bits[key].add(digest)
+        self.start = state.length
+
+    def digests(self, state, start=0):
+        arrays = [array[0, :, : state.length] for array in state._growing.values()]
+        key = 0
+        for place, token in enumerate(state.ids):
+            key = hash((key, token))
+            if place >= start:
+                yield key, hash(b"".join(array[:, place].tobytes() for array in arrays))
+        if self.decoder.recurrent:
+            yield (key, "recurrent"), hash(b"".join(array.tobytes() for array in state.recurrent.values()))
+
+    def unread(self, state):
+        """What of a state was never read."""
+        return [key for key, digest in self.digests(state) if digest not in self.bits[key]]
 
 
 def cold(decoder, ids, chunk=64):

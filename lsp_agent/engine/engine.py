@@ -19,6 +19,8 @@ from lsp_agent.engine.graph import Accuracy
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.plan import PARALLEL_CONTEXT
 from lsp_agent.engine.prefix_cache import PREFIX_SLOTS, PrefixCache
+from lsp_agent.engine.prefix_disk import open_disk
+from lsp_agent.engine.prefix_limits import disk_limit
 from lsp_agent.engine.prepacked import Progress
 from lsp_agent.engine.request import Request
 from lsp_agent.engine.scheduler import Scheduler
@@ -53,7 +55,9 @@ class Engine:
         self.tokenizer = Tokenizer(package)
         self._decoder = Decoder(package, threads, context, accuracy, device, on_progress, placement)
         prompts = placement.prompts if placement else PREFIX_SLOTS
-        self.prefixes = PrefixCache(self._decoder.states, context, prompts, self._decoder.device)
+        states, where = self._decoder.states, self._decoder.device
+        disk = open_disk(package.path, f"{where.name} {accuracy}", states, disk_limit())
+        self.prefixes = PrefixCache(states, context, prompts, where, disk=disk)
         row_capacity = min(context, PARALLEL_CONTEXT if self._decoder.device.name == "cuda" else CPU_ROW_CONTEXT)
         rows = PARALLEL if self._decoder.device.name == "cuda" else CPU_ROWS
         self.scheduler = Scheduler(self._decoder, self.prefixes, self.tokenizer, rows, row_capacity)
@@ -92,6 +96,10 @@ class Engine:
                     raise
                 log.warning("Running on the CPU: %s", error)
         return cls(opened, most, length, accuracy, CpuDevice(), on_progress)
+
+    def close(self) -> None:
+        """Before it is let go of, between requests: leave past prompts on disk, where that is asked for."""
+        self.prefixes.close()
 
     @property
     def context_length(self) -> int:

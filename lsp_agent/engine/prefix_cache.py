@@ -175,7 +175,7 @@ class PrefixCache:
         self._store.clear()
 
     def stats(self) -> CacheStats:
-        """How well it works, and what it holds."""
+        """How well it works, and what it holds; for any thread."""
         store = self._store.stats()
         tokens = sum(state.length for state in self._states)
         a_token = bytes_of(segment_shapes(self._specs, 64)) // 64

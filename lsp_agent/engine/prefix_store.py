@@ -197,12 +197,12 @@ class PrefixStore:
         self._heap.clear()
 
     def stats(self) -> StoreStats:
-        """How much is here."""
+        """How much is here; for any thread."""
         stats = StoreStats(evictions=self._evictions, disk_evictions=self._disk_evictions)
         for node in self._tree:
             stats.tokens += len(node.tokens) if node.content is not None else 0
             stats.checkpoints += node.mark is not None
-        stats.disk_tokens = sum(len(stored.tokens) for stored in self._files.values())
+        stats.disk_tokens = sum(len(stored.tokens) for stored in list(self._files.values()))
         return stats
 
     def _lacks(self, node: Kept, marks: set[int]) -> bool:

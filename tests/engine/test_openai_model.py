@@ -384,11 +384,14 @@ def test_a_server_that_cannot_fill_in_is_asked_once(start: Start) -> None:
 
 
 def test_scores_are_read_and_placed_in_the_text(start: Start) -> None:
-    tokens = {"tokens": ["a", " =", " '", "\ufffd", "\ufffd", "'"], "token_logprobs": [None, -1, -2, -3, -4, -5]}
+    tokens = {
+        "tokens": ["a", " =", " '", "\ufffd", "\ufffd", "'", " +"],
+        "token_logprobs": [None, -1, -2, -3, -4, -5, -6],
+    }
     server, model = start(lambda path, body: JSONResponse({"choices": [{"text": "…", "logprobs": tokens}]}))
     scores = model.score("a = '…'", CancelToken())
     assert [(s.start, s.end, s.logprob) for s in scores] == [(1, 3, -1), (3, 5, -2), (5, 6, -7), (6, 7, -5)]
-    assert (server.bodies[0]["echo"], server.bodies[0]["max_tokens"]) == (True, 0)
+    assert (server.bodies[0]["echo"], server.bodies[0]["max_tokens"]) == (True, 1)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,8 @@ class OpenAiModel:
         """See `ChatModel.score`. Raises `Unsupported` where the server does not tell a text's log probabilities."""
         if "score" in self._dialect.cannot or self._dialect.kind in ("llama.cpp", "ollama"):
             raise self._no_scores()
-        body = {"prompt": text, "echo": True, "max_tokens": 0, "temperature": 0.0, "logprobs": 1}
+        # Others answer with one token at least; what is not of the text is left out.
+        body = {"prompt": text, "echo": True, "max_tokens": 0 if self._ours else 1, "temperature": 0.0, "logprobs": 1}
         try:
             answer = self._post("completions", body, cancel)
         except Refused as error:

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lsp_agent import __version__, machine, paths
+from lsp_agent.engine.service.runtime import place
 from lsp_agent.errors import ExitCode, UserError
 from lsp_agent.models import select, store
 from lsp_agent.testing.sandbox import probe
@@ -38,10 +39,11 @@ def doctor(as_json: bool) -> int:
 def examine() -> dict[str, Any]:
     """Collect the report; every part of it is plain data."""
     backend = _backend()
-    choice = select.choose(store.installed(), machine.usable_memory())
+    choice = select.choose(store.installed(), store.available_memory())
     runtime = _onnxruntime()
     device, why, wrong_device = ("", "", "") if runtime["problem"] else _device()
-    problems = [sentence for sentence in (runtime["problem"], wrong_device, choice.advice) if sentence]
+    engine = _engine()
+    problems = [s for s in (runtime["problem"], wrong_device, engine["problem"], choice.advice) if s]
     name = choice.model.name if choice.model else None
     if backend is not None:  # what this machine lacks does not matter
         problems, name = [backend["problem"]] if backend["problem"] else [], backend["model"]
@@ -54,6 +56,7 @@ def examine() -> dict[str, Any]:
         "version": __version__,
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "onnxruntime": runtime,
+        "engine": engine,
         "device": device,
         "device_reason": why,
         "machine": _machine(choice.available_bytes),
@@ -96,6 +99,18 @@ def _onnxruntime() -> dict[str, Any]:
     # A CUDA build lists its provider on any machine: the GPU counts only when its driver sees one.
     gpu = _nvidia_gpu() if "CUDAExecutionProvider" in providers else None
     return {"version": onnxruntime.__version__, "providers": providers, "gpu": gpu, "problem": ""}
+
+
+def _engine() -> dict[str, Any]:
+    """Whether the process that runs models is there, and what it holds; asks nothing of it."""
+    try:
+        here = place()
+    except UserError as error:
+        return {"running": False, "problem": str(error)}
+    about = here.about()
+    if about is None or about.process is None:
+        return {"running": False, "problem": ""}
+    return {"running": True, "problem": "", "pid": about.pid, "memory_bytes": about.memory}
 
 
 def _device() -> tuple[str, str, str]:
@@ -150,6 +165,12 @@ def _first_line(*command: str) -> str | None:
     return lines[0].strip() if done.returncode == 0 and lines else None
 
 
+def _about_engine(engine: dict[str, Any]) -> str:
+    if not engine["running"]:
+        return engine["problem"] or "does not run; starts when needed"
+    return f"process {engine['pid']}, {engine['memory_bytes'] / 1e9:.1f} GB; see `lsp-agent engine status`"
+
+
 def _bracketed(text: str) -> str:
     return escape(f"({text.rstrip('.')})") if text else ""
 
@@ -185,6 +206,7 @@ def _print(report: dict[str, Any]) -> None:
         table.add_row("", f"{candidate['name']} ({candidate['tier']}): {candidate['reason']}")
     table.add_row("lsp-agent", f"{report['version']}, Python {report['python']['version']} ({sys.executable})")
     table.add_row("ONNX Runtime", f"{runtime['version'] or 'missing'}: {', '.join(runtime['providers']) or 'nothing'}")
+    table.add_row("engine", _about_engine(report["engine"]))
     table.add_row("GPU", runtime["gpu"] or "none that this ONNX Runtime can use")
     table.add_row("device", " ".join(filter(None, (report["device"] or "none", _bracketed(report["device_reason"])))))
     table.add_row("machine", f"{about['system']}, {about['cores']} cores usable, {about['decoding_threads']} to decode")

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lsp_agent import machine
 from lsp_agent.commands.progress import ConsoleProgress, experts_beside, gigabytes
 from lsp_agent.errors import ExitCode, UserError
 from lsp_agent.models import install, select, store
@@ -59,7 +58,7 @@ def list_models(as_json: bool) -> None:
     """
     installed = {m.name: m for m in store.installed()}
     manifests = {m.name: m for m in shipped()} | {name: m.manifest for name, m in installed.items()}
-    default = select.choose(list(installed.values()), machine.usable_memory()).model
+    default = select.choose(list(installed.values()), store.available_memory()).model
     disk = {name: m.package_bytes for name, m in manifests.items()}
     disk |= {name: store.disk_bytes(m.path) for name, m in installed.items()}
     rows = sorted(manifests.values(), key=lambda m: (m.parameters, m.name))

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lsp_agent import machine, paths
+from lsp_agent.engine.service import runtime
 from lsp_agent.errors import ExitCode, UserError
 from lsp_agent.models import select
 from lsp_agent.models.manifest import InstalledModel, Manifest, shipped, unknown_name
@@ -78,6 +79,15 @@ def installed() -> list[InstalledModel]:
     return sorted(models, key=lambda m: (m.manifest.parameters, m.name))
 
 
+def available_memory() -> int:
+    """Bytes of main memory a model may take now, with those that the user's engine gives back for another model."""
+    try:
+        about = runtime.place().about()
+    except UserError:
+        return machine.usable_memory()
+    return machine.usable_memory() + (about.memory if about else 0)
+
+
 def resolve(name: str | None) -> InstalledModel:
     """Return the installed model `name`, or for None the default that `select.choose` picks.
 
@@ -85,7 +95,7 @@ def resolve(name: str | None) -> InstalledModel:
     """
     models = installed()
     if name is None:
-        choice = select.choose(models, machine.usable_memory())
+        choice = select.choose(models, available_memory())
         if choice.model is None:
             raise UserError(choice.advice)
         return choice.model

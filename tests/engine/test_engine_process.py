@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from lsp_agent import machine
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
 from lsp_agent.engine.engine import Engine
@@ -31,6 +32,7 @@ from lsp_agent.engine.service.catalog import Catalog
 from lsp_agent.engine.service.host import EngineHost, Stopping
 from lsp_agent.engine.service.runtime import About, place, runtime_folder
 from lsp_agent.errors import UserError
+from lsp_agent.models import store
 
 # The folder
 
@@ -116,6 +118,16 @@ def test_a_process_of_the_same_number_is_not_taken_for_the_engine() -> None:
     mine = About.mine("scope", 0)
     assert mine.process is not None
     assert About(mine.pid, mine.created - 100, mine.version, mine.scope).process is None
+
+
+def test_what_the_engine_holds_counts_as_free_for_choosing_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the second window would get a smaller model than the first."""
+    monkeypatch.setattr(machine, "usable_memory", lambda: 1000)
+    assert store.available_memory() == 1000
+    place().write_about(About.mine("scope", 0))
+    assert store.available_memory() > 10_000_000
+    place().write_about(About(os.getpid(), 0.0, "0", "scope"))
+    assert store.available_memory() == 1000, "the engine is gone"
 
 
 def test_a_stale_socket_is_no_engine() -> None:

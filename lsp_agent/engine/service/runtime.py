@@ -59,6 +59,16 @@ class About:
         except psutil.Error:
             return None
 
+    @property
+    def memory(self) -> int:
+        """Bytes of main memory that its end would set free; 0 when it is gone. (Mapped files count as free.)"""
+        process = self.process
+        try:
+            used = process.memory_info() if process else None
+        except psutil.Error:
+            return 0
+        return used.rss - getattr(used, "shared", 0) if used else 0
+
 
 @dataclass(frozen=True)
 class Place:

@@ -52,6 +52,10 @@ class Device(Protocol):
     def fetch(self, array: Array, into: np.ndarray) -> None:
         """Copy `array` to main memory, into a contiguous array of the same shape and type."""
 
+    def buffer(self, size: int) -> np.ndarray:
+        """Bytes of main memory, not initialised, that the device copies to and from as fast as it can. On a GPU it is
+        kept for later ones of the same size."""
+
     def copy(self, array: Array) -> Array:
         """A copy in the device's memory."""
 
@@ -102,6 +106,10 @@ class CpuDevice:
     def fetch(self, array: Array, into: np.ndarray) -> None:
         """See `Device.fetch`."""
         into[...] = array
+
+    def buffer(self, size: int) -> np.ndarray:
+        """See `Device.buffer`."""
+        return zero_pages(size, written_whole=True)
 
     def copy(self, array: Array) -> Array:
         """See `Device.copy`."""
@@ -173,6 +181,13 @@ class CudaDevice:
         """See `Device.fetch`."""
         with self._stream:
             array.get(stream=self._stream, out=into)
+
+    def buffer(self, size: int) -> np.ndarray:
+        """See `Device.buffer`: page-locked, 4 to 6 times as fast, from a pool, because locking pages takes long."""
+        try:
+            return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(size), np.uint8, size)
+        except (MemoryError, self._cupy.cuda.runtime.CUDARuntimeError):
+            return zero_pages(size, written_whole=True)
 
     def copy(self, array: Array) -> Array:
         """See `Device.copy`."""

@@ -275,3 +275,12 @@ def test_nothing_is_generated_where_nothing_was_asked_for() -> None:
     speaker = Speaker(["cd"])
     (choice,) = ask(speaker, "/v1/completions", prompt="ab", max_tokens=0).json()["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("", "length") and not speaker.asked
+
+
+def test_what_an_assistant_refused_to_say_is_text() -> None:
+    said = {
+        "role": "assistant",
+        "content": [{"type": "refusal", "refusal": "No."}, {"type": "text", "text": " Sorry."}],
+    }
+    asked = ChatRequest.model_validate({"messages": [*HI, said, {"role": "assistant", "content": None}]})
+    assert [message["content"] for message in asked.conversation()] == ["hi", "No. Sorry.", ""]

@@ -17,6 +17,7 @@ from lsp_agent.engine.service.requests import (
     GenerationFields,
     Part,
     TextPart,
+    parts,
 )
 from lsp_agent.engine.tool_calls import message_from_openai, tool_from_openai
 
@@ -26,16 +27,12 @@ SCHEMA_DEPTH = 64
 
 def _parts(value: Any) -> Any:
     """Parts of a message's content; what an assistant refused to say is text."""
-    if isinstance(value, str):
-        return [{"type": "text", "text": value}]
-    if isinstance(value, list):
-        return [
-            {"type": "text", "text": part.get("refusal")}
-            if isinstance(part, dict) and part.get("type") == "refusal"
-            else part
-            for part in value
-        ]
-    return value
+    return [
+        {"type": "text", "text": part.get("refusal")}
+        if isinstance(part, dict) and part.get("type") == "refusal"
+        else part
+        for part in parts(value) or ()
+    ]
 
 
 class CalledFunction(Part):
@@ -58,7 +55,7 @@ class ChatMessage(Part):
     """One message. `developer` is the newer name of `system`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[list[TextPart] | None, BeforeValidator(_parts)] = None
+    content: Annotated[list[TextPart], BeforeValidator(_parts)] = Field(default_factory=list)
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
 

@@ -26,6 +26,8 @@ DEFAULTS = ("temperature", "top_p", "top_k", "min_p")
 
 
 def _listed(value: Any) -> Any:
+    if not isinstance(value, str | list | None):
+        raise ValueError("give a text, or a list of texts")
     return [value] if isinstance(value, str) else value
 
 
@@ -52,11 +54,14 @@ class TextPart(Part):
     text: str
 
 
-def _parts(value: Any) -> Any:
+def parts(value: Any) -> Any:
+    """A content's parts, which may be given as one text."""
+    if not isinstance(value, str | list | None):
+        raise ValueError("give a text, or a list of parts")
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-Content = Annotated[list[TextPart], BeforeValidator(_parts)]
+Content = Annotated[list[TextPart], BeforeValidator(parts)]
 
 
 class Prediction(Body):
@@ -204,6 +209,8 @@ def _text(schema: Mapping[str, Any], param: str) -> str:
 
 def _prompts(value: Any) -> Any:
     """One prompt, a text or token ids, where a list of prompts is meant."""
+    if not isinstance(value, str | list):
+        raise ValueError("give a text, token ids, or a list of either")
     single = isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], int))
     return [value] if single else value
 

@@ -80,41 +80,6 @@ class RecurrentCopies:
         # All are of one size, so those that the device keeps are used again.
         copied = memory.arrays(self._shapes, make=self._device.buffer)
         if copied is not None:
-            self._kept = dict(sorted({**self._kept, length: copied}.items()))
-            self._move_oldest()
-
-    def share(self, other: RecurrentCopies, length: int) -> None:
-        """Have the copies of another sequence up to `length`, and no others."""
-        self._kept = {known: arrays for known, arrays in other._kept.items() if known <= length}
-
-    def forget_after(self, length: int) -> None:
-        """Keep those up to `length`."""
-        self._kept = {known: arrays for known, arrays in self._kept.items() if known <= length}
-
-    def thin(self) -> bool:
-        """Forget the copy in main memory that is missed least: the closest to the one before; the last one at last.
-
-        False when there is none.
-        """
-        gaps = [(after - before, after) for before, after in pairwise([0, *self._kept])]
-        latest = max(self._kept, default=0)
-        gaps = [(gap, length) for gap, length in gaps if _in_main_memory(self._kept[length])]
-        if not gaps:
-            return False
-        del self._kept[min((length == latest, gap, length) for gap, length in gaps)[-1]]
-        return True
-
-    def in_main_memory(self, length: int, memory: HostMemory) -> Mapping[str, np.ndarray] | None:
-        """The copy of a length, in `memory`; None when there is none, or no room."""
-        arrays = self._kept.get(length)
-        return arrays if arrays is None or _in_main_memory(arrays) else self.copied(arrays, memory)
-
-    def copied(self, arrays: Mapping[str, Array], memory: HostMemory) -> Mapping[str, np.ndarray] | None:
-        """A copy of such arrays in main memory; None when there is no room."""
-        copied = memory.arrays(
-            self._shapes, make=self._device.buffer
-        )  # all of one size, so the device's are used again
-        if copied is not None:
             for name, array in copied.items():
                 self._device.fetch(arrays[name], array)
         return copied

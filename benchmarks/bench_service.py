@@ -8,7 +8,7 @@ at once; a round asks one and then the other, so that both see the same neighbou
 loopback, streamed, greedily, and for exactly as many tokens (`ignore_eos`). No prompt is asked twice.
 
 - load: 1, 2 and 4 clients at once, prompts of about 600 tokens, answers of 64.
-- turns: four conversations that grow at the same time, by tools' results of about 200 tokens and answers of 48. Tokens
+- turns: four conversations that grow at the same time, by tools' results of about 200 tokens and answers of 32. Tokens
   read again are those of the turn before that the server did not find in its cache (all but the last, which was drawn
   but never read).
 - urgent: two long answers, and each second a request at the cursor, answered with 16 tokens.
@@ -42,8 +42,8 @@ import psutil
 SLOTS = 4
 CONTEXT = 4096
 PROMPT_CHARACTERS, ANSWER = 2150, 64
-TURNS, TURN_ANSWER, RESULT_CHARACTERS = 6, 48, 700
-LONG_ANSWER, URGENT_ANSWER, URGENT_EVERY_S = 400, 16, 1.0
+TURNS, TURN_ANSWER, RESULT_CHARACTERS = 5, 32, 700
+LONG_ANSWER, URGENT_ANSWER, URGENT_EVERY_S = 160, 16, 1.0
 SYSTEM = {"role": "system", "content": "You are a careful programmer. Answer with code and short explanations."}
 
 

@@ -65,7 +65,7 @@ class StepCosts:
         self._missed = 0.0
 
     def together(self, sequences: int, tokens: int) -> bool:
-        """Whether that many sequences are best stepped in one run, not one after the other; tried where not known.
+        """Whether that many sequences are best stepped in one run, not one after the other; tried once one is known.
 
         Where `tokens` must be copied for that, steps are taken one by one until what this lost is as much as the copy
         costs: then it is worth it, however soon one of them ends (as skis are rented before they are bought).
@@ -73,7 +73,7 @@ class StepCosts:
         self._asked += 1
         one = self._seconds.get(1)
         if one is None:
-            return True
+            return False
         all_ = self._seconds.get(sequences, one * (1 + PRIOR * (sequences - 1)))
         saved = sequences * one - all_
         if saved <= 0 and self._asked % RETRY:

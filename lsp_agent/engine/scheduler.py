@@ -109,8 +109,12 @@ class Scheduler:
         for reader in self._policy.order(self._waiting, now):
             if not self._policy.reads_first(reader, self._decoding, now):
                 break
-            if reader.state is not None or self._take_state(reader, now):
-                self._guarded(reader, self._read)
+            try:
+                if reader.state is not None or self._take_state(reader, now):
+                    self._read(reader)
+                    return True
+            except Exception as error:
+                self._fail(reader, error)
                 return True
             if self._prefixes.unfinished:
                 break
@@ -246,10 +250,17 @@ class Scheduler:
     # Decoding
 
     def _step(self) -> None:
-        self._mend_rows()
-        started, decoding = self._clock(), list(self._decoding)
-        for one, error in self._stepper.step(decoding, lambda one, step: one.job.give(step)):
-            self._fail(one, error)
+        decoding = list(self._decoding)
+        try:
+            self._mend_rows()
+            decoding = list(self._decoding)
+            started = self._clock()
+            for one, error in self._stepper.step(decoding, lambda one, step: one.job.give(step)):
+                self._fail(one, error)
+        except Exception as error:  # not of a run: of copying between states and rows
+            for one in decoding:
+                self._fail(one, error)
+            return
         now = self._clock()
         self._policy.note_steps(decoding, now - started, now)
         for one in decoding:
@@ -275,22 +286,17 @@ class Scheduler:
 
     # Ends
 
-    def _guarded(self, one: Decoding, work: Callable[[Decoding], None]) -> None:
-        try:
-            work(one)
-        except Exception as error:
-            self._fail(one, error)
-
     def _fail(self, one: Decoding, error: Exception) -> None:
         """One request's error is its own, unless the GPU was lost."""
         sentence = explain(error)
         if sentence is not None:
             sentence.__cause__ = error
-        if isinstance(sentence, GpuLost):
+        if isinstance(sentence, GpuLost) and self.broken is None:
             self.broken = sentence
-            for job in list(self._jobs):
-                self._drop(job, sentence)
-        else:
+            self._decoding, self._waiting = [], []
+            for job in list(self._jobs):  # what they held cannot even be given back
+                self._end(job, sentence)
+        elif self.broken is None:
             self._drop(one.job, sentence or error)
 
     def _drop(self, job: Job, error: Exception) -> None:

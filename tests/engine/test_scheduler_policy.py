@@ -8,7 +8,9 @@ import pytest
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
+from lsp_agent.engine.batch import Batch
 from lsp_agent.engine.device import CpuDevice
+from lsp_agent.engine.gpu.errors import GpuLost
 from lsp_agent.engine.prefix_cache import PrefixCache
 from lsp_agent.engine.request import INTERACTIVE, Request, Step
 from lsp_agent.engine.sampling import HostLogits
@@ -210,3 +212,39 @@ def test_nobody_starves_whoever_asks(seed):
     assert firsts[len(firsts) // 2] < 1.2
     assert firsts[-1] < 4
     assert max(agent.longest_gap for agent in agents) < 12
+
+
+def test_a_lost_gpu_ends_all_requests_and_refuses_more():
+    service = Service()
+    ends = []
+    for _ in range(3):
+        service.scheduler.submit(Request([5] * 20, Sampling(max_tokens=9)), ends.append)
+    service.run(lambda: service.decoder.rows.count(3) == 2)
+
+    def lost(*_):
+        raise RuntimeError("CUDA failure 700: an illegal memory access was encountered")
+
+    service.decoder.step = service.decoder.run = lost
+    service.prefixes.release = service.prefixes.keep = lost  # nothing that it held can be touched
+    service.run()
+    assert [type(one) for one in ends if not isinstance(one, Step)] == [GpuLost] * 3
+    with pytest.raises(GpuLost):
+        service.ask("late", 5, 5)
+
+
+def test_requests_that_cannot_be_copied_into_rows_fail_and_others_are_served(monkeypatch):
+    service = Service()
+    ends = []
+    for _ in range(2):
+        service.scheduler.submit(Request([5] * 20, Sampling(max_tokens=9)), ends.append)
+
+    def fail(*_):
+        raise RuntimeError("no copies today")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "join", fail)
+        service.run()
+    assert [str(one) for one in ends if not isinstance(one, Step)] == ["no copies today"] * 2
+    later = service.ask("later", 5, 5)
+    service.run()
+    assert len(later.times) == 5

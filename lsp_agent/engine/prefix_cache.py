@@ -17,6 +17,7 @@ from lsp_agent.engine.prefix_disk import PrefixDisk, PrefixLostError
 from lsp_agent.engine.prefix_limits import memory_limit
 from lsp_agent.engine.prefix_store import Part, Path, PrefixStore, Readable
 from lsp_agent.engine.prefix_tree import shared_prefix
+from lsp_agent.engine.recurrent_copies import WORTH_MOVING
 from lsp_agent.engine.state import State, StateSpec, recurrent_shapes, segment_shapes
 
 PREFIX_SLOTS = 4
@@ -344,4 +345,9 @@ class PrefixCache:
         return State(self._specs, self.capacity, device=self._device, memory=self._memory)
 
     def _evict(self) -> bool:
-        return self._store.evict() or any(state.checkpoints.thin() for state in self._states)
+        copies = [state.checkpoints for state in self._states]
+        return (
+            any(one.thin(closer=WORTH_MOVING) for one in copies)
+            or self._store.evict()
+            or any(one.thin() for one in copies)
+        )

@@ -156,8 +156,10 @@ class PrefixStore:
         its states are kept, and one of the present state.
         """
         ids = view.ids
-        marks = {*view.checkpoints.lengths, len(ids)} if self._recurrent else set()
-        marks = {length for length in marks if start < length <= len(ids)}
+        marks: set[int] = set()
+        if self._recurrent:
+            known = (length for length in {*view.checkpoints.lengths, len(ids)} if start < length <= len(ids))
+            marks = set(view.checkpoints.worth_moving(known))
         path = self.walk(ids)
         if len(ids) <= start or (self.extent(path, start) >= len(ids) and marks <= self.points(path)):
             return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -12,8 +12,8 @@ from lsp_agent.engine.device import Array, Device
 from lsp_agent.engine.host_memory import HostMemory, Shapes
 
 WORTH_MOVING = 16
-"""Tokens between two copies below which the earlier one does not move to main memory: to read so few tokens again takes
-about as long as to move a copy there and back."""
+"""Tokens after a copy below which another is not worth its bytes elsewhere: to read so few tokens again takes about as
+long as to move a copy to main memory and back."""
 
 
 class RecurrentCopies:
@@ -57,14 +57,22 @@ class RecurrentCopies:
         """Keep those up to `length`."""
         self._kept = {known: arrays for known, arrays in self._kept.items() if known <= length}
 
-    def thin(self) -> bool:
+    def worth_moving(self, lengths: Iterable[int]) -> list[int]:
+        """Those of some lengths, ascending, at which copies are worth their bytes in main memory."""
+        worth: list[int] = []
+        for length in sorted(lengths):
+            if not worth or self._device.name == "cpu" or length - worth[-1] >= WORTH_MOVING:
+                worth.append(length)
+        return worth
+
+    def thin(self, closer: float = float("inf")) -> bool:
         """Forget the copy in main memory that is missed least: the closest to the one before; the last one at last.
 
-        False when there is none.
+        False when there is none, or none `closer` than so many tokens.
         """
         gaps = [(after - before, after) for before, after in pairwise([0, *self._kept])]
         latest = max(self._kept, default=0)
-        gaps = [(gap, length) for gap, length in gaps if _in_main_memory(self._kept[length])]
+        gaps = [(gap, length) for gap, length in gaps if gap < closer and _in_main_memory(self._kept[length])]
         if not gaps:
             return False
         del self._kept[min((length == latest, gap, length) for gap, length in gaps)[-1]]
@@ -89,9 +97,12 @@ class RecurrentCopies:
         if len(on_device) <= self._device.checkpoints:
             return
         oldest, following = on_device[:2]
-        moved = self.in_main_memory(oldest, self._memory) if following - oldest >= WORTH_MOVING else None
+        if following - oldest < WORTH_MOVING:
+            del self._kept[following]
+            return
+        moved = self.in_main_memory(oldest, self._memory)
         if moved is None:
-            self._kept.pop(oldest, None)
+            del self._kept[oldest]
         else:
             self._kept[oldest] = moved
 

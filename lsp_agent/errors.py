@@ -45,6 +45,12 @@ class UnknownModel(UserError):  # noqa: N818 - named by what it says
     code = "model_not_found"
 
 
+class EngineStopping(UserError):  # noqa: N818 - named by what it says
+    """The engine is about to end; another one answers."""
+
+    code = "engine_stopping"
+
+
 class Unsupported(UserError):  # noqa: N818 - named by what it says
     """Something that this model, or the server it runs on, cannot do at all: asking again is of no use."""
 

@@ -29,9 +29,9 @@ from lsp_agent.engine.request import Request
 from lsp_agent.engine.service import host as hosting
 from lsp_agent.engine.service import room
 from lsp_agent.engine.service.catalog import Catalog
-from lsp_agent.engine.service.host import EngineHost, Stopping
+from lsp_agent.engine.service.host import EngineHost
 from lsp_agent.engine.service.runtime import About, place, runtime_folder
-from lsp_agent.errors import UserError
+from lsp_agent.errors import EngineStopping, UserError
 from lsp_agent.models import store
 
 # The folder
@@ -339,6 +339,23 @@ def test_a_model_that_others_keep_busy_gives_way_at_last(
     with_host(test)
 
 
+def test_a_stale_model_makes_way_for_a_faster_placement_and_a_fresh_one_does_not(
+    with_host: Any, loads: Loads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = {"a": "resident", "b": "hybrid", "c": "hybrid"}
+    monkeypatch.setattr(room, "_kind_on_gpu", lambda source: kinds[source.name])
+
+    async def test(host: EngineHost) -> None:
+        for name in "ab":
+            await host.engine(name)
+        assert loaded(host) == ["a", "b"]
+        monkeypatch.setattr(hosting, "STALE_S", 0.0)
+        await host.engine("c")
+        assert loaded(host) == ["c"]
+
+    with_host(test)
+
+
 def test_a_package_that_was_exchanged_is_loaded_anew(with_host: Any, loads: Loads) -> None:
     async def test(host: EngineHost) -> None:
         first = await host.engine("a")
@@ -375,9 +392,9 @@ def test_nothing_new_is_taken_when_it_is_to_stop(with_host: Any, loads: Loads) -
             await host.call(engine, lambda: 1 // 0)
         host.leave()
         for ask in (lambda: host.engine("a"), lambda: host.call(engine, str)):
-            with pytest.raises(Stopping):
+            with pytest.raises(EngineStopping):
                 await ask()
-        with pytest.raises(Stopping):
+        with pytest.raises(EngineStopping):
             host.submit(engine, Request([1]), lambda _: None)
 
     with_host(test)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import threading
-from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -18,13 +17,13 @@ from lsp_agent.engine.service.connection import Address, Connection, Reply
 from lsp_agent.engine.service.dialect import Dialect
 from lsp_agent.engine.service.openai_model import OpenAiModel
 from lsp_agent.engine.service.runtime import HAS_UNIX_SOCKETS, About, Place, place
-from lsp_agent.errors import UserError
+from lsp_agent.errors import EngineStopping, UserError
 
 LOST_GPU_S = 10.0
 """How long an engine whose GPU was lost takes to end, at most."""
 DYING_S = 2.0
 """Longer than a process takes to die; one that lives on broke a connection for another reason."""
-STOPPING = "engine_stopping"
+MOST_DEATHS = 2
 CLIENT = f"{os.getpid()}-{secrets.token_hex(4)}"
 """This process among the engine's clients, between whom it is fair."""
 MOST_STOPS = 5
@@ -42,6 +41,7 @@ class EngineEndpoint:
         self._lock = threading.Lock()
         """Held while the engine starts or loads: one thread does it for all."""
         self._loaded: About | None = None
+        self._headers: dict[str, str] = {}
         self._leaving: About | None = None
         self._asked = threading.local()
         """The engine that the calling thread was sent to last; others may have started another one since."""
@@ -62,19 +62,22 @@ class EngineEndpoint:
         while not self._lock.acquire(timeout=launch.POLL_S):
             cancel.raise_if_cancelled()
         try:
-            for attempt in range(2):
-                about = self._running(cancel)
-                if about == self._loaded:
-                    break
-                with suppress(httpx.TransportError) if attempt == 0 else _told(self._place):
+            deaths = 0
+            while (about := self._running(cancel)) != self._loaded:
+                try:
                     self._load(about, cancel)
-                    break
-            self._asked.about = self.about
+                except EngineStopping:
+                    self._leaving = about
+                except httpx.TransportError as error:
+                    deaths += 1
+                    if deaths == MOST_DEATHS:
+                        raise UserError(f"The engine stops each time it is asked; see {self._place.log}.") from error
+            self._asked.about = about
+            headers = {**self._headers, "X-LSP-Agent-Client": CLIENT}
         finally:
             self._lock.release()
-        headers = {**control_client.headers(self._place), "X-LSP-Agent-Client": CLIENT}
         socket = self._place.socket if HAS_UNIX_SOCKETS else None
-        return Address(f"{control_client.base_url(self.about)}/v1", socket, headers, direct=True)
+        return Address(f"{control_client.base_url(about)}/v1", socket, headers, direct=True)
 
     def again(self, failure: httpx.TransportError | Reply, attempt: int) -> bool:
         """See `Endpoint.again`: once if the engine died, and whenever it is about to leave."""
@@ -84,7 +87,7 @@ class EngineEndpoint:
             if attempt == 0:
                 launch.wait_until(lambda: launch.gone(about), DYING_S)
             return attempt == 0
-        if failure.code == STOPPING:
+        if failure.code == EngineStopping.code:
             self._leaving = about
             return attempt < MOST_STOPS
         # A new process may use the GPU, or the CPU where the device was not chosen.
@@ -106,21 +109,8 @@ class EngineEndpoint:
         for said in control_client.load(self._place, about, self.name, self._package, cancel):
             if "loaded" in said:
                 self.context_length = said["loaded"]["context_length"]
+        self._headers = control_client.headers(self._place)
         self._loaded = about
-
-
-class _told:  # noqa: N801 - used as a function
-    """A context in which a connection that breaks is told in a sentence."""
-
-    def __init__(self, where: Place) -> None:
-        self._where = where
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, httpx.TransportError):
-            raise UserError(f"The engine stops each time it is asked; see {self._where.log}.") from error
 
 
 class EngineModel(OpenAiModel):

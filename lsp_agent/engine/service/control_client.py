@@ -12,7 +12,7 @@ import httpx
 from lsp_agent.cancel import CancelToken
 from lsp_agent.engine.service.launch import gone, until_cancelled, wait_until
 from lsp_agent.engine.service.runtime import HAS_UNIX_SOCKETS, About, Place
-from lsp_agent.errors import Cancelled, ExitCode, UnknownModel, UserError
+from lsp_agent.errors import EngineStopping, ExitCode, UnknownModel, UserError
 
 LOAD_TIMEOUT_S = 300.0
 """A load may take any time while it makes progress."""
@@ -29,7 +29,10 @@ def headers(place: Place) -> dict[str, str]:
     """What a request must carry: nothing on a unix socket, the token on a port."""
     if HAS_UNIX_SOCKETS:
         return {}
-    return {"Authorization": f"Bearer {place.token.read_text().strip()}"}
+    try:
+        return {"Authorization": f"Bearer {place.token.read_text().strip()}"}
+    except OSError as error:
+        raise httpx.ConnectError("the engine has gone") from error
 
 
 def open_client(place: Place, about: About, timeout: float | None) -> httpx.Client:
@@ -44,7 +47,7 @@ def status(place: Place, about: About) -> dict[str, Any] | None:
         with open_client(place, about, ANSWER_S) as client:
             answer: dict[str, Any] = client.get("/engine/status").raise_for_status().json()
             return answer
-    except (httpx.HTTPError, OSError, ValueError):
+    except (httpx.HTTPError, ValueError):
         return None
 
 
@@ -53,7 +56,7 @@ def ask_to_stop(place: Place, about: About, now: bool) -> bool:
     try:
         with open_client(place, about, ANSWER_S) as client:
             return client.post("/engine/stop", json={"now": now}).is_success
-    except (httpx.HTTPError, OSError):
+    except httpx.HTTPError:
         return False
 
 
@@ -105,8 +108,6 @@ def load(
                 yield said
         except TimeoutError:
             raise UserError(f"The engine did not load its model in {LOAD_TIMEOUT_S:.0f} s; see {place.log}.") from None
-        except Cancelled:
-            raise
     if not ended:
         raise httpx.RemoteProtocolError("the engine ended while it loaded the model")
 
@@ -120,5 +121,6 @@ def _sentence(response: httpx.Response) -> dict[str, Any]:
 
 
 def _error(about: Mapping[str, Any]) -> UserError:
-    kind = UnknownModel if about.get("code") == UnknownModel.code else UserError
+    kinds = {kind.code: kind for kind in (UnknownModel, EngineStopping)}
+    kind = kinds.get(about.get("code") or "", UserError)
     return kind(about["message"], ExitCode(about.get("exit_code") or ExitCode.ENVIRONMENT))

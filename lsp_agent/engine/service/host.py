@@ -20,8 +20,8 @@ from lsp_agent.engine.gpu.errors import GpuLost, explain
 from lsp_agent.engine.request import Request, Step
 from lsp_agent.engine.service.catalog import Catalog, ServedModel, Source
 from lsp_agent.engine.service.residents import Loading, OnProgress, Resident
-from lsp_agent.engine.service.room import fits, give_back_memory
-from lsp_agent.errors import UserError
+from lsp_agent.engine.service.room import fit, give_back_memory
+from lsp_agent.errors import EngineStopping, UserError
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ QUIET_S = 1.0
 """After so long without work there is time to keep on disk what the next start can use."""
 GRACE_S = 5.0
 """A model that was asked for is not unloaded for so long: its request may still be in the making."""
+STALE_S = 120.0
+"""A model that was not used for so long is unloaded where another one gets a faster placement by that."""
 PATIENCE_S = 20.0
 """After so long a model that others keep busy takes no new requests, so that one that waits for its memory can load."""
 
@@ -231,11 +233,14 @@ class EngineHost:
     async def _make_room(self, source: Source) -> None:
         """Unload models that were not used for longest until this one fits, or nothing is left to unload."""
         began = time.monotonic()
-        while self._residents and not await asyncio.to_thread(fits, source, self._residents):
+        while self._residents and (how := await asyncio.to_thread(fit, source, self._residents)) != "well":
             oldest = min(self._residents, key=lambda resident: (resident.active > 0, resident.last_used))
+            unused = time.monotonic() - oldest.last_used
+            if how == "somehow" and (oldest.active or unused < STALE_S):
+                return
             if time.monotonic() - began > PATIENCE_S:
                 oldest.leaving = True
-            if oldest.active or time.monotonic() - oldest.last_used < GRACE_S:
+            if oldest.active or unused < GRACE_S:
                 await asyncio.sleep(0.05)
             else:
                 await self._unload(oldest)
@@ -280,7 +285,7 @@ class EngineHost:
         if self.broken is not None:
             raise self.broken
         if self.stopping:
-            raise Stopping("The engine is stopping; ask again.")
+            raise EngineStopping("The engine is stopping; ask again.")
 
     def _touch(self, resident: Resident) -> None:
         resident.last_used = self.last_used = time.monotonic()
@@ -342,12 +347,6 @@ class EngineHost:
             except Exception as error:
                 log.warning("cannot keep what the next start could use: %s", error)
                 self._noted(error)
-
-
-class Stopping(UserError):  # noqa: N818 - named by what it says
-    """The engine is about to end; another one answers."""
-
-    code = "engine_stopping"
 
 
 def _seen(task: asyncio.Task[None]) -> None:

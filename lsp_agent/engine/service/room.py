@@ -9,9 +9,12 @@ import sys
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from lsp_agent.engine.device import open_device, requested_device
 from lsp_agent.engine.footprint import footprint
+from lsp_agent.engine.gpu.choice import Room, choose
+from lsp_agent.engine.gpu.placement import PARALLEL
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.prefix_limits import size_of
 from lsp_agent.machine import usable_memory
@@ -30,14 +33,23 @@ def memory_limit() -> float:
     return size_of(text, LIMIT) if text else float("inf")
 
 
-def fits(source: Source, residents: Iterable[Resident]) -> bool:
-    """Whether the model can be loaded with all others staying; on a GPU: all of it into the GPU's memory."""
+Fit = Literal["well", "somehow", "not"]
+"""somehow: with a slower placement than it would get alone."""
+
+
+def fit(source: Source, residents: Iterable[Resident]) -> Fit:
+    """How the model can be loaded with all others staying."""
     needed = needed_memory(source.package)
     others = [resident.source.package for resident in residents if resident.source]
     if needed + sum(map(needed_memory, others)) > memory_limit():
-        return False
-    on_gpu = _fits_gpu(source)
-    return needed <= usable_memory() if on_gpu is None else on_gpu
+        return "not"
+    kind = _kind_on_gpu(source)
+    on_cpu = needed <= usable_memory()
+    if kind is None:
+        return "well" if on_cpu else "not"
+    if kind == "resident":
+        return "well"
+    return "somehow" if kind != "cpu" or (on_cpu and requested_device() == "auto") else "not"
 
 
 @lru_cache(maxsize=64)
@@ -46,19 +58,15 @@ def needed_memory(package: Path) -> int:
     return footprint(Package(package).weights.values()).memory
 
 
-def _fits_gpu(source: Source) -> bool | None:
-    """None: it runs on the CPU."""
-    from lsp_agent.engine.device import open_device
-    from lsp_agent.engine.gpu.choice import Room, choose
-    from lsp_agent.engine.gpu.placement import PARALLEL
-
+def _kind_on_gpu(source: Source) -> str | None:
+    """The placement that it would get; None where no GPU is used."""
     device = open_device()
     if device.name != "cuda":
         return None
     package = Package(source.package)
     context = min(source.context, package.config.context)
     room = Room(device.free_memory(), usable_memory())
-    return choose(package, source.name, context, room, batch=PARALLEL).kind == "resident"
+    return choose(package, source.name, context, room, batch=PARALLEL).kind
 
 
 def give_back_memory() -> None:

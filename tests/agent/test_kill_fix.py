@@ -70,7 +70,7 @@ def test_the_engine_dies_in_the_middle_of_a_run(calc: Project, monkeypatch: pyte
             raise UserError("The engine stopped while it answered; run again, or see engine.log.")
 
     calc.model.on_ask = die
-    monkeypatch.setattr("lsp_agent.models.open_model", lambda *_: calc.model)
+    monkeypatch.setattr("lsp_agent.models.open_model", lambda *_, **__: calc.model)
     monkeypatch.setattr("lsp_agent.testing.pytest_runner.PytestRunner", lambda root, **_: calc.runner)
     before = calc.tree()
     result = CliRunner().invoke(app, ["fix", str(calc.root), "--json"], standalone_mode=False)

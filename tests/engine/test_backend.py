@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import socket
 import ssl
@@ -12,14 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 from model_servers import ModelServer, refused, said
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
+from lsp_agent.cli import app
 from lsp_agent.config import Backend
+from lsp_agent.engine.scripted import ScriptedModel
 from lsp_agent.engine.service import backend as backends
 from lsp_agent.engine.service.backend import check, key_of, open_backend
-from lsp_agent.errors import UnknownModel, UserError
+from lsp_agent.engine.service.openai_model import OpenAiModel
+from lsp_agent.errors import ExitCode, UnknownModel, UserError
+from lsp_agent.models import open_model
 
 SECRET = "sk-very-secret"
 
@@ -186,3 +192,48 @@ def test_a_certificate_that_is_not_trusted_is_said_to_be(tls_port: int) -> None:
 def test_https_to_a_server_without_it_is_told(server: ModelServer) -> None:
     with pytest.raises(UserError, match=r"no encrypted connection .* is it http"):
         check(Backend(url=server.url.replace("http:", "https:")))
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments, standalone_mode=False)
+
+
+def test_doctor_shows_and_checks_it(server: ModelServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LSP_AGENT_BACKEND__URL", server.url)
+    monkeypatch.setenv("LSP_AGENT_CACHE_DIR", "/nonexistent")  # what this machine lacks does not matter
+    monkeypatch.setenv(backends.KEY_VARIABLE, SECRET)
+    server.models[0]["max_model_len"] = 4096
+    shown = run("doctor", "--json")
+    report = json.loads(shown.output)
+    assert report["usable"] and shown.return_value == 0 and report["model"] == "qwen2.5-coder-7b"
+    assert report["backend"] == {
+        "url": server.url,
+        "model": "qwen2.5-coder-7b",
+        "key": "environment",
+        "problem": "",
+        "server": "vllm",
+        "context_length": 4096,
+        "tier": "medium",
+        "family": "qwen",
+    }
+    text = " ".join(run("doctor").output.split())
+    assert f"on {server.url} (vllm, medium, 4,096 tokens, key from the environment)" in text
+    assert SECRET not in shown.output + text
+
+
+def test_doctor_says_what_is_wrong_with_it(server: ModelServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LSP_AGENT_BACKEND__URL", server.url)
+    monkeypatch.setenv("LSP_AGENT_BACKEND__MODEL", "gpt")
+    shown = run("doctor")
+    assert shown.return_value == ExitCode.ENVIRONMENT
+    assert "has no model 'gpt'; it has qwen2.5-coder-7b" in shown.output
+
+
+def test_a_model_without_a_name_is_the_backends(server: ModelServer, tmp_path: Path) -> None:
+    backend = Backend(url=server.url)
+    model = open_model(None, backend=backend)
+    assert isinstance(model, OpenAiModel) and model.name == "qwen2.5-coder-7b"
+    model.close()
+    script = tmp_path / "script.json"
+    script.write_text('{"rules": []}')
+    assert isinstance(open_model(f"scripted:{script}", backend=backend), ScriptedModel)

@@ -3,11 +3,12 @@
     python benchmarks/bench_drafting.py MODEL [--threads 1] [--rounds 3] [--only KIND ...] [--forced] [--json OUT.json]
 
 `MODEL` is an installed model's name, of which three engines are loaded: one decodes plainly, one with drafts and, of
-rewrites, one with drafts and `prediction`. They take turns of a few tokens, so that all see the same neighbours.
+rewrites, one with drafts and `prediction`. They take turns of a few tokens, so that all see the same neighbours, and
+change roles after each round, since one may lie better in memory than another.
 Greedy. `--forced` replays real text as the sampler's draws, such as the rewrite of an obedient model: so a small
 model's whims and loops do not count, while every logit is computed and drafts are verified all the same. Ratios are of
-decoded tokens a second to plain decoding, medians over the rounds; by wall time and, which with one thread leaves out
-what the machine did besides, by the thread's own time.
+decoded tokens a second to plain decoding, geometric means over the rounds; by wall time and, which with one thread
+leaves out what the machine did besides, by the thread's own time.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ class Run:
         return (len(self.tokens) - 1) / max(getattr(self, clock), 1e-9)
 
 
-def measure(engines: dict[str, Engine], task: Task, rounds: int, most: int, forced: bool) -> dict[str, Any]:
-    plain = engines["plain"]
+def measure(engines: Sequence[Engine], task: Task, rounds: int, most: int, forced: bool) -> dict[str, Any]:
+    plain = engines[0]
     messages = [{"role": "system", "content": drafting_tasks.SYSTEM}, {"role": "user", "content": task.request}]
     prompt = plain.chat_prompt(messages).ids  # type: ignore[arg-type]
     target = plain.tokenizer.encode(task.target)[:most] if forced else None
@@ -81,14 +82,14 @@ def measure(engines: dict[str, Engine], task: Task, rounds: int, most: int, forc
     modes: dict[str, dict[str, Any]] = {"plain": {"drafting": False}, "drafted": {}}
     if task.source:
         modes["predicted"] = {"prediction": plain.tokenizer.encode(task.source)}
-    for mode in modes:
-        Run(engines[mode], Request(prompt, Sampling(max_tokens=4)), target).turn()  # reads the prompt
+    for engine in engines:
+        Run(engine, Request(prompt, Sampling(max_tokens=4)), target).turn()  # reads the prompt
     kept: list[dict[str, Run]] = []
-    for _ in range(rounds):
-        runs = {
-            mode: Run(engines[mode], Request(prompt, sampling, stop_ids=stops, **options), target)
-            for mode, options in modes.items()
-        }
+    for turn in range(rounds):
+        runs = {}
+        for place, (mode, options) in enumerate(modes.items(), turn):
+            request = Request(prompt, sampling, stop_ids=stops, **options)
+            runs[mode] = Run(engines[place % len(engines)], request, target)
         going = list(runs.values())
         while going:
             going = [run for run in going if run.turn()]
@@ -100,7 +101,7 @@ def measure(engines: dict[str, Engine], task: Task, rounds: int, most: int, forc
     for mode in list(modes)[1:]:
         for clock in ("wall_s", "thread_s"):
             ratios = [runs[mode].speed(clock) / runs["plain"].speed(clock) for runs in kept]
-            row[f"{mode}_{clock}"] = statistics.median(ratios)
+            row[f"{mode}_{clock}"] = statistics.geometric_mean(ratios)
         timings = kept[-1][mode].generation.timings
         row[f"{mode}_drafted"], row[f"{mode}_accepted"] = timings.drafted_tokens, timings.accepted_tokens
         pairs = zip(first, kept[0][mode].tokens, strict=False)
@@ -129,8 +130,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     package = store.resolve(arguments.model).path
-    modes = ("plain", "drafted", "predicted")
-    engines = {mode: Engine.load(package, threads=arguments.threads, context=8192) for mode in modes}
+    engines = [Engine.load(package, threads=arguments.threads, context=8192) for _ in range(3)]
     tasks = drafting_tasks.rewrites() + drafting_tasks.fresh()
     if arguments.only:
         tasks = [task for task in tasks if {task.name, task.kind} & set(arguments.only)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -22,9 +23,9 @@ from tiny_checkpoint import SPECIAL, vocabulary
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Completion, Sampling
-from lsp_agent.engine.service import control_client, launch
+from lsp_agent.engine.service import client, control_client, launch, runtime
 from lsp_agent.engine.service.client import EngineModel
-from lsp_agent.engine.service.runtime import About, place
+from lsp_agent.engine.service.runtime import About, Place, place
 from lsp_agent.errors import Cancelled, UnknownModel, UserError
 from lsp_agent.models import open_model
 
@@ -75,9 +76,9 @@ def ask(model: EngineModel, sampling: Sampling = SHORT, cancel: CancelToken | No
     return answer
 
 
-def running(about: About) -> int:
+def running(about: About, where: Place | None = None) -> int:
     """How many answers the engine decodes."""
-    report = control_client.status(place(), about)
+    report = control_client.status(where or place(), about)
     return sum(model["queue"]["running"] for model in report["models"].values()) if report else 0
 
 
@@ -212,11 +213,11 @@ def test_a_client_that_dies_or_cancels_leaves_the_engine_free(
         model = EngineModel("tiny", Path({str(package)!r}), tier="small")
         model.infill("x", "y", Sampling(max_tokens=8000, logit_bias={NEVER_ENDING}), CancelToken())
     """
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)]) as client:
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)]) as dying:
         wait_for(lambda: (about := place().about()) and running(about), "its answer begins")
         about = place().about()
         assert about is not None
-        client.kill()
+        dying.kill()
     wait_for(lambda: not running(about), "its answer is given up")
     model, cancel = open_tiny(), CancelToken()
     assert model.endpoint.about == about, "the engine outlives who started it"
@@ -302,32 +303,68 @@ def test_a_newer_version_has_the_older_engine_finish_and_leave(
         model = EngineModel("tiny", Path({str(package)!r}), tier="small")
         print(model.endpoint.about.pid, flush=True)
         input()
-        [answer] = model.infill("x", "y", Sampling(max_tokens=1000, logit_bias={NEVER_ENDING}), CancelToken())
+        [answer] = model.infill("x", "y", Sampling(max_tokens=2000, logit_bias={NEVER_ENDING}), CancelToken())
         print(model.endpoint.about.pid, answer.usage.completion_tokens, flush=True)
         input()
     """
-    module = (
-        "import lsp_agent; lsp_agent.__version__ = '0.0.9'; from lsp_agent.engine.service.process import main; main()"
-    )
-    site = place().folder.parent / "site"
-    site.mkdir(exist_ok=True)
-    (site / "old_engine.py").write_text(module)
-    environment = {**os.environ, "PYTHONPATH": str(site)}
+    old_version = "import lsp_agent; lsp_agent.__version__ = '0.0.9'"
+    environment = {**os.environ, "PYTHONPATH": str(site("old_engine", old_version))}
     command = [sys.executable, "-c", textwrap.dedent(old)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as client:
-        assert client.stdin and client.stdout
-        pid = int(client.stdout.readline())
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, env=environment) as old_client:
+        pid = int(old_client.stdout.readline())
         [older] = place().others()
         assert (older.pid, older.version) == (pid, "0.0.9")
-        client.stdin.write("\n")
-        client.stdin.flush()
-        model = open_tiny()
-        newer = model.endpoint.about
-        assert client.stdout.readline().split() == [str(older.pid), "1000"], "its answer was not finished"
+        [file] = [file for file in place().folder.glob("engine-*.json") if str(pid) in file.read_text()]
+        old_place = dataclasses.replace(place(), name=file.stem)
+        print("ask", file=old_client.stdin, flush=True)
+        wait_for(lambda: running(older, old_place), "its answer begins")
+        newer = open_tiny().endpoint.about
+        assert old_client.stdout.readline().split() == [str(pid), "2000"], "its answer was not finished"
         wait_for(lambda: launch.gone(older), "the older engine leaves")
-        client.kill()
+        old_client.kill()
     assert not launch.gone(newer)
+
+
+def site(name: str, preparation: str) -> Path:
+    """A folder with a module that is the engine's process after some preparation."""
+    folder = place().folder.parent / f"{place().folder.name}-site"
+    folder.mkdir()
+    (folder / f"{name}.py").write_text(
+        f"{preparation}\nfrom lsp_agent.engine.service.process import main\nif __name__ == '__main__':\n    main()\n"
+    )
+    return folder
+
+
+def test_where_there_are_no_unix_sockets_a_port_and_a_token_do(
+    open_tiny: Callable[..., EngineModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preparation = "from lsp_agent.engine.service import runtime; runtime.HAS_UNIX_SOCKETS = False"
+    monkeypatch.setenv("PYTHONPATH", str(site("tcp_engine", preparation)))
+    monkeypatch.setattr(launch, "MODULE", "tcp_engine")
+    for module in (runtime, control_client, client):
+        monkeypatch.setattr(module, "HAS_UNIX_SOCKETS", False)
+    model = open_tiny()
+    first = model.endpoint.about
+    assert first.port and not place().socket.exists()
+    assert httpx.get(f"http://127.0.0.1:{first.port}/v1/models").status_code == 401
     assert ask(model).usage.completion_tokens == 3
+    os.kill(first.pid, signal.SIGKILL)
+    assert ask(model).usage.completion_tokens == 3
+    control_client.stop(place(), model.endpoint.about, now=False, seconds=30.0)
+    assert launch.gone(model.endpoint.about)
+
+
+def test_a_client_that_comes_while_the_engine_leaves_gets_the_next(
+    open_tiny: Callable[..., EngineModel], pool: ThreadPoolExecutor
+) -> None:
+    model = open_tiny()
+    first = model.endpoint.about
+    answer = begun(pool, model, WHOLE)
+    assert control_client.ask_to_stop(place(), first, now=False)
+    late = open_tiny("other")
+    assert late.endpoint.about != first
+    assert answer.result(60).usage.completion_tokens == 500 and launch.gone(first)
 
 
 # The command

@@ -90,7 +90,9 @@ class Engine:
         if chosen.name == "cuda":
             try:
                 placement = _place(opened, package.name, length, chosen)
-                return cls(opened, most, length, accuracy, chosen, on_progress, placement)
+                engine = cls(opened, most, length, accuracy, chosen, on_progress, placement)
+                engine.prepare()
+                return engine
             except UserError as error:
                 if wanted == "cuda":
                     raise
@@ -139,6 +141,10 @@ class Engine:
     def submit(self, request: Request, on_step: OnStep | None = None) -> Generation:
         """See `Scheduler.submit`; from any thread, where `on_step` takes the steps."""
         return self.scheduler.submit(request, on_step)
+
+    def prepare(self) -> None:
+        """See `Decoder.prepare`; `load` does it."""
+        self._decoder.prepare()
 
     def remember(self) -> None:
         """See `Decoder.remember`; between requests only."""

@@ -195,6 +195,11 @@ class Decoder:
         logits = self.run(np.array(tokens, np.int64)[:, None], state, range(len(tokens)))
         return [HostLogits(row) for row in logits]
 
+    def prepare(self) -> None:
+        """Make now what runs would make in the middle of an answer. See `StepRunner.prepare_verification`."""
+        if self._gpu is not None and self._gpu.steps is not None:
+            self._gpu.steps.prepare_verification()
+
     @property
     def most_verified(self) -> int:
         """Most ids that `verify` takes; 1 where guesses cannot be verified."""

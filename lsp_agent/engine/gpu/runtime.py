@@ -22,7 +22,7 @@ from lsp_agent.engine.gpu.shared_experts import SharedExperts
 from lsp_agent.engine.gpu.split_delta import SplitDelta, covers
 from lsp_agent.engine.gpu.step_builder import DeviceTrace, NoKernel, StepBuilder
 from lsp_agent.engine.gpu.step_graph import build_step
-from lsp_agent.engine.gpu.steps import VERIFIED, StepRunner
+from lsp_agent.engine.gpu.steps import StepRunner
 from lsp_agent.engine.gpu.weights import DeviceWeights
 from lsp_agent.engine.package import Package
 
@@ -78,9 +78,6 @@ class GpuRuntime:
         except NoKernel as error:
             log.info("decoding without kernels of our own: %s", error)
             self.steps = None
-        else:
-            for rows in VERIFIED:  # now, because a machine's first time takes seconds for each, and everybody would wait
-                self.steps.covers(1, rows)
 
     def _shared_experts(self, staging: ExpertStaging | None) -> SharedExperts:
         def address(name: str) -> int:

@@ -138,6 +138,12 @@ class StepRunner:
         if (batch, rows) not in self._buffers:
             self._buffers[batch, rows] = self._new_buffers(batch, rows)
 
+    def prepare_verification(self) -> None:
+        """Make what `verify` needs, as far as there are kernels for it: a machine's first time takes seconds for each
+        number of tokens, for which nobody is to wait in the middle of an answer."""
+        for rows in VERIFIED:
+            self.covers(1, rows)
+
     @property
     def most_verified(self) -> int:
         """Most ids that `verify` takes; 1 where there are no kernels for more."""

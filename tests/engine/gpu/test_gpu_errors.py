@@ -80,6 +80,7 @@ def loaded(monkeypatch, tiny_package):
 
     fails: list[str] = []
     monkeypatch.setattr(Engine, "__init__", fake)
+    monkeypatch.setattr(Engine, "prepare", lambda _: tried.append("prepared"))
 
     def load(name=None, fail="", **options):
         tried.clear()
@@ -92,7 +93,7 @@ def loaded(monkeypatch, tiny_package):
 
 def test_the_engine_takes_the_gpu_only_if_the_plan_fits(monkeypatch, caplog, loaded):
     install(monkeypatch)
-    assert loaded() == [("cuda", "resident")]
+    assert loaded() == [("cuda", "resident"), "prepared"]
     assert loaded(accuracy="exact") == [("cpu", None)]
     install(monkeypatch, free=10**9)
     monkeypatch.setattr(engine, "in_use_by", lambda: "Of the GPU's memory, python (process 7) holds 79.0 GB.")

@@ -137,12 +137,18 @@ def test_a_model_of_attention_alone_verifies_up_to_its_capacity(gpu_package, ker
 
 
 def test_as_many_as_there_are_kernels_for_are_verified():
+    asked = []
+
     def make(_, rows):
-        if rows > 2:
+        asked.append(rows)
+        if rows > 4:
             raise NoKernel("too many")
         return object()
 
-    assert StepRunner(CpuDevice(), 100, 8, make).most_verified == 2
+    steps = StepRunner(CpuDevice(), 100, 8, make)
+    steps.prepare_verification()
+    assert asked == [1, 2, 4, 8]
+    assert steps.most_verified == 4 and len(asked) == 4
 
 
 def test_more_than_were_read_cannot_be_accepted(decoder):

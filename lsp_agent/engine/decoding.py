@@ -57,7 +57,7 @@ class Decoding:
             self._drafter.extend([token])
         reason: FinishReason | None = None
         text = ""
-        if token in request.stop_ids:
+        if token in request.stop_ids or (constraint is not None and constraint.left_out()):
             reason = "stop"
         else:
             text = self._stops.push(self._stream.push(token))

@@ -55,5 +55,8 @@ def say(
         if token in tokenizer.end_ids:
             return tokenizer.decode(tokens)
         constraint.accept(token)
+        if constraint.left_out():
+            assert constraint.ended() and may_end
+            return tokenizer.decode(tokens)
         tokens.append(token)
     return None

@@ -212,6 +212,23 @@ def test_functions_can_be_parsed_wherever_they_may_end(tokenizer) -> None:
     assert len(ends) > 300
 
 
+def test_a_function_ends_where_the_model_goes_on_at_the_margin(tokenizer) -> None:
+    made = compile_format(AnswerFormat("python_function", FUNCTION), tokenizer)
+    (hash_, space), fence = (tokenizer.encode(text)[0] for text in "# "), tokenizer.encode("```")[0]
+    for body, ends in (("\n    return 1\n\n", True), ("\n    return (1,\n", False), ('\n    """\n', False)):
+        constraint = made()
+        for token in tokenizer.encode(FUNCTION + body):
+            constraint.accept(token)
+        if ends:
+            assert constraint.allowed()[[hash_, space, fence]].all()
+            assert not constraint.allowed()[sorted(tokenizer.control_ids - tokenizer.end_ids)].any()
+            constraint.accept(hash_)
+        else:
+            assert not constraint.allowed()[sorted(tokenizer.end_ids)].any()
+            constraint.accept(tokenizer.encode("#")[0])
+        assert constraint.left_out() == constraint.ended() == ends
+
+
 def _code(function: ast.FunctionDef, text: str) -> list[str]:
     """The lines that the body's statements begin on."""
     lines = text.split("\n")

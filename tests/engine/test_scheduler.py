@@ -178,6 +178,9 @@ def test_one_request_s_error_is_its_own(engine):
         def ended(self):
             return False
 
+        def left_out(self):
+            return False
+
     expected = alone(engine, prompt(1, 30), 10).tokens()
     kept, failed = Asked(engine, prompt(1, 30), 10), Asked(engine, prompt(2, 30), 10, constraint=Broken)
     run(engine)
@@ -245,6 +248,9 @@ def test_an_answer_obeys_its_constraint_and_what_must_follow_is_read_in_one_run(
 
         def ended(self):
             return self.taken == len(allowed)
+
+        def left_out(self):
+            return False
 
     runs = []
     verify = engine._decoder.verify

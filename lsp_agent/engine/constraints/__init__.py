@@ -29,3 +29,6 @@ class Constraint(Protocol):
 
     def ended(self) -> bool:
         """Whether the answer is complete and nothing may follow but an end token."""
+
+    def left_out(self) -> bool:
+        """Whether the last token was none of the answer's but ended it, as an end token does."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lsp_agent.chat_model import AnswerFormat
 from lsp_agent.engine.constraints import grammar
+from lsp_agent.engine.constraints.margin import ending_at_the_margin
 from lsp_agent.engine.constraints.python_function import function_grammar
 from lsp_agent.engine.constraints.schemas import for_answer, read_schema
 
@@ -35,4 +36,5 @@ def compile_format(answer_format: AnswerFormat, tokenizer: Tokenizer) -> Callabl
             made, what = grammar.lark(value), "The grammar of the answer"
         case "python_function":
             made, what = grammar.lark(function_grammar(value)), "The signature of the answer's function"
+            return ending_at_the_margin(grammar.compile_grammar(made, tokenizer, what), tokenizer)
     return grammar.compile_grammar(made, tokenizer, what)

@@ -120,6 +120,10 @@ class GrammarConstraint:
         """See `Constraint.ended`."""
         return self._matcher.is_stopped()
 
+    def left_out(self) -> bool:
+        """See `Constraint.left_out`."""
+        return False
+
     def _failed(self) -> UserError:
         if self._matcher.get_error().startswith("NoExtension"):
             return UserError(f"{self._what} lets no answer through; correct it.")

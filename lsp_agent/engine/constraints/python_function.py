@@ -70,7 +70,7 @@ ARROW: / {0,9}-> {0,9}/
 SEMICOLON: / {0,9}; {0,9}/
 BEGIN: / {0,9}:/
 ONE_LINE: / {1,9}/
-END: / {0,80}(?:$comment)?(?:\n {0,80}(?:$comment)?){1,8}| {0,80}$comment| {1,80}/
+END: / {0,80}(?:$comment)?(?:\n(?: {0,80}| {4,80}$comment)){1,8}| {0,80}$comment| {1,80}/
 """
 )
 
@@ -211,9 +211,10 @@ element_pattern: pattern | "*" NAME
 BAR: / {0,9}\| {0,9}/
 CAPTURE: NAME & ~/_/
 """
+# A comment at the margin would go on after the function.
 _BLOCK = Template(
     r"""
-LINE_$k: / {0,80}(?:$comment)?\n(?:(?: {0,80}\n){0,3} {0,80}$comment\n)*(?: {0,80}\n){0,3} {$spaces}/
+LINE_$k: / {0,80}(?:$comment)?\n(?:(?: {0,80}\n){0,3} {4,80}$comment\n)*(?: {0,80}\n){0,3} {$spaces}/
 block_$k: LINE_$k statement_$k (LINE_$k statement_$k)*
 statement_$k: simple | if_$k | while_$k | for_$k | try_$k | with_$k $match
     | ("@" test_o LINE_$k)* (function_$k | class_$k)

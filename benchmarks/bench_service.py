@@ -172,6 +172,12 @@ def _at_cursor(server: Server, prefix: str, suffix: str) -> dict[str, Any]:
     return {**body, "prompt": f"<|fim_prefix|>{prefix}<|fim_suffix|>{suffix}<|fim_middle|>"}
 
 
+def _client(url: str, headers: dict[str, str]) -> httpx.AsyncClient:
+    """A connection for each request: one that is kept may be closed by the server just when it is used again."""
+    limits = httpx.Limits(max_keepalive_connections=0)
+    return httpx.AsyncClient(base_url=url, headers=headers, timeout=600, trust_env=False, limits=limits)
+
+
 @contextlib.contextmanager
 def our_server(model: str, threads: int) -> Iterator[Server]:
     """The engine as a process of its own, apart from the user's."""
@@ -185,8 +191,7 @@ def our_server(model: str, threads: int) -> Iterator[Server]:
         report = json.loads(started.stdout)
         headers = {"Authorization": f"Bearer {Path(report['token_file']).read_text().strip()}"}
         try:
-            client = httpx.AsyncClient(base_url=report["url"], headers=headers, timeout=600, trust_env=False)
-            yield Server("lsp-agent", psutil.Process(report["pid"]), client)
+            yield Server("lsp-agent", psutil.Process(report["pid"]), _client(report["url"], headers))
         finally:
             subprocess.run([*program, "stop", "--now"], env=environment, check=False, capture_output=True)
 
@@ -206,8 +211,7 @@ def llama_server(binary: str, gguf: Path, threads: int) -> Iterator[Server]:
                     if httpx.get(f"{root}/health", trust_env=False).status_code == 200:
                         break
                 time.sleep(0.1)
-            client = httpx.AsyncClient(base_url=f"{root}/v1", timeout=600, trust_env=False)
-            yield Server("llama.cpp", psutil.Process(process.pid), client)
+            yield Server("llama.cpp", psutil.Process(process.pid), _client(f"{root}/v1", {}))
         finally:
             process.kill()
 

@@ -16,7 +16,7 @@ from test_fix_safety import RIGHT
 
 from lsp_agent.cli import app
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+sys.path.append(str(Path(__file__).parents[1] / "engine"))
 from model_servers import ModelServer, completed, said
 
 SECRET = "sk-very-secret"

@@ -177,6 +177,11 @@ def test_a_stream_is_put_together(start: Start) -> None:
     assert chat(model) == [Completion("one\u2028two\x85", "length", Usage(9, 8, 4))]
 
 
+def test_the_end_of_a_stream_ends_its_answers(start: Start) -> None:
+    _, model = start(lambda path, body: streamed(delta(content="one")))  # nobody says why it ended
+    assert chat(model) == [Completion("one", "stop", Usage())]
+
+
 def test_calls_come_in_pieces_and_are_typed(start: Start) -> None:
     answer = streamed(
         delta(role="assistant", content=None),

@@ -32,7 +32,8 @@ LOOK_TIMEOUT_S = 15.0
 UNKNOWN_CONTEXT = 8192
 """Tokens taken for granted where the server does not say."""
 NAMES_SHOWN = 10
-PAUSE_S = 0.2
+GATEWAY, PAUSE_S = (502, 504), 0.2
+"""Statuses of a proxy whose server was away, perhaps for a moment."""
 _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)b(?![a-z0-9])")
 SMALL_B, MEDIUM_B = 4.0, 16.0
 
@@ -101,8 +102,10 @@ class Remote:
         if attempt > 0:
             return False
         if isinstance(failure, Reply):
+            if failure.status not in GATEWAY:
+                return False
             time.sleep(PAUSE_S)
-            return failure.status in (502, 504)
+            return True
         slow = isinstance(failure, httpx.ReadTimeout | httpx.WriteTimeout | httpx.ConnectTimeout)
         return not slow and _tls_error(failure) is None
 

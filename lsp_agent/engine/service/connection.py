@@ -163,7 +163,11 @@ class Connection:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _wait(self, work: Coroutine[Any, Any, Reply], cancel: CancelToken) -> Reply:
-        future = self._run(work)
+        try:
+            future = self._run(work)
+        except RuntimeError as error:  # closed meanwhile
+            work.close()
+            raise Cancelled from error
         while True:
             try:
                 return future.result(POLL_S)
@@ -222,7 +226,7 @@ async def _collect(response: httpx.Response) -> Collected:
     collected = Collected()
     async for data in _events(response):
         if data == b"[DONE]":
-            break
+            return collected
         try:
             collected.add(json.loads(data))
         except (ValueError, RecursionError) as error:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
+from model_servers import ModelServer
 from tiny_checkpoint import MIXED, Type, write_checkpoint
 from tiny_hf import random_weights, write_hf_checkpoint
 
+from lsp_agent.config import Backend
 from lsp_agent.engine.checkpoints.importing import import_checkpoint
 from lsp_agent.engine.engine import Engine
+from lsp_agent.engine.service import backend
 
 
 @pytest.fixture(scope="session")
@@ -89,3 +93,25 @@ def hf_engine(hf_package):
         return loaded[key]
 
     return load
+
+
+@pytest.fixture(scope="session")
+def model_server():
+    """A server of another maker, which each test makes to be what it needs."""
+    with ModelServer().running() as running:
+        yield running
+
+
+@pytest.fixture
+def start(model_server, monkeypatch):
+    """`start(answer, owner, model, settings={}, **entry)`: the server as it is now, and a model opened on it."""
+    monkeypatch.setattr(backend, "_from_keyring", lambda url: "")
+    with ExitStack() as stack:
+
+        def run(answer, owner="vllm", model="qwen2.5-coder-7b", settings=None, **entry):
+            model_server.serve(answer, owner, model, **entry)
+            opened = backend.open_backend(Backend(url=model_server.url, **(settings or {})))
+            stack.callback(opened.close)
+            return model_server, opened
+
+        yield run

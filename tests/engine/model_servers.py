@@ -1,4 +1,7 @@
-"""Model servers of other makers for tests: real HTTP on a loopback port, with answers that the test decides."""
+"""Model servers of other makers for tests: real HTTP on a loopback port, with answers that the test decides.
+
+The fixture `start` opens a model on one (see `conftest`); `chat` and `infill` ask it.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,19 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from lsp_agent.cancel import CancelToken
+from lsp_agent.chat_model import ChatOptions, Completion, Message, Sampling, ToolSchema
+from lsp_agent.engine.service.openai_model import OpenAiModel
+
 Answer = Callable[[str, dict[str, Any]], Response]
 """Given the path and the body (an empty one of a GET), the response."""
+Start = Callable[..., "tuple[ModelServer, OpenAiModel]"]
+HELLO: list[Message] = [{"role": "user", "content": "hello"}]
+READ = ToolSchema(
+    "read_file",
+    "Read a file.",
+    {"type": "object", "properties": {"path": {"type": "string"}, "lines": {"type": "integer"}}, "required": ["path"]},
+)
 
 
 class ModelServer:
@@ -113,3 +127,11 @@ def streamed(*chunks: dict[str, Any], done: bool = True, breaks: bool = False) -
 def delta(index: int = 0, finish: str | None = None, **part: Any) -> dict[str, Any]:
     """One chunk of a streamed chat."""
     return {"choices": [{"index": index, "delta": part, "finish_reason": finish}]}
+
+
+def chat(model: OpenAiModel, n: int = 1, tools: Any = (), options: ChatOptions | None = None, **s: Any) -> Any:
+    return model.chat(HELLO, Sampling(**{"max_tokens": 8, **s}), CancelToken(), n, tools, options or ChatOptions())
+
+
+def infill(model: OpenAiModel, prefix: str = "a = ", suffix: str = "\n", **s: Any) -> Completion:
+    return model.infill(prefix, suffix, Sampling(**{"max_tokens": 8, **s}), CancelToken())[0]

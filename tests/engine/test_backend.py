@@ -32,20 +32,13 @@ SECRET = "sk-very-secret"
 
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(backends.KEY_VARIABLE, raising=False)
     monkeypatch.setattr(backends, "_from_keyring", lambda url: "")
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[ModelServer]:
-    with ModelServer().running() as server:
-        yield server
-
-
 @pytest.fixture
-def server(running: ModelServer) -> ModelServer:
-    running.serve(lambda path, body: said("hi"))
-    return running
+def server(model_server: ModelServer) -> ModelServer:
+    model_server.serve(lambda path, body: said("hi"))
+    return model_server
 
 
 def test_the_server_says_what_it_has(server: ModelServer) -> None:

@@ -5,35 +5,22 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from lsp_agent.chat_model import Message, ToolSchema
-from lsp_agent.engine.answer_memory import AnswerMemory, Prefix
-from lsp_agent.engine.chat_template import render
+from lsp_agent.engine.answer_memory import AnswerMemory
+from lsp_agent.engine.chat_prompt import ChatPrompt, ChatWriter
 from lsp_agent.engine.package import Package
-from lsp_agent.engine.tool_calls import ToolCallFormat, format_of_template, template_messages, tool_to_openai
+from lsp_agent.engine.tool_calls import ToolCallFormat, format_of_template
 from lsp_agent.errors import UserError
 
 FILE_SEPARATOR = "<|file_sep|>"
 _SEPARATOR = re.compile(r"^(<\|repo_name\|>|<\|file_sep\|>).*\n", re.MULTILINE)
-
-
-MAX_ROLE_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class ChatPrompt:
-    """A conversation as tokens. `boundaries`: lengths at which a message ends, or the next one's content begins."""
-
-    ids: list[int]
-    boundaries: tuple[int, ...]
 
 
 class Tokenizer:
@@ -93,7 +80,7 @@ class Tokenizer:
     @cached_property
     def control_ids(self) -> frozenset[int]:
         """Tokens that mean something to the model and are no text."""
-        return frozenset(self._control_ids.values())
+        return frozenset(self.control_tokens.values())
 
     @cached_property
     def _byte_of(self) -> dict[str, int]:
@@ -121,107 +108,29 @@ class Tokenizer:
             raise UserError("This model has no chat template; use fill-in-the-middle or a plain prompt.")
         if tools and self.tool_calls == "none":
             raise UserError("This model's chat template knows no tools; ask without tools, or use another model.")
-        turns, offered = template_messages(messages), [tool_to_openai(replace(tool, strict=False)) for tool in tools]
-        mark, place = _unused_characters(2, self._chat_template, turns, offered)
-        parts = self._rendered(turns, offered, mark)
-        known = self._known_answers(messages, parts, lambda stand_ins: self._rendered(stand_ins, offered, mark), place)
-        prompt, boundaries = Prefix(self.control_ids), []
-        for number, part in enumerate(parts):
-            begin = len(prompt.ids)
-            if part in self._control_ids:
-                prompt.ids.append(self._control_ids[part])
-                boundaries += [] if prompt.ids[-1] in self.end_ids else [begin]
-                continue
-            if number not in known or not self._spliced(prompt, *known[number]):
-                prompt.ids[begin:] = self.encode_text(part.replace(mark, ""))
-            if boundaries and boundaries[-1] == begin - 1:
-                boundaries += self._header(prompt.ids, begin)
-        return ChatPrompt(prompt.ids, tuple(length for length in boundaries if length))
-
-    def _spliced(self, prompt: Prefix, before: str, message: Message, after: str) -> bool:
-        """Write `before`, the tokens that `message` was drawn as, and `after`; False: they are not known here."""
-        prompt.ids += self.encode_text(before)
-        if not self.answers.recall(prompt, message):
-            return False
-        prompt.ids += self.encode_text(after)
-        return True
-
-    def _rendered(self, turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], mark: str) -> list[str]:
-        """What the template writes: text and control tokens in turn; `mark` is within those that messages spell out."""
-        assert self._chat_template is not None
-        turns, tools = self._defused([list(turns), list(tools)], mark)
-        text = render(self._chat_template, turns, tools, {"enable_thinking": False})
-        return self._controls.split(text)
-
-    def _known_answers(
-        self,
-        messages: Sequence[Message],
-        parts: Sequence[str],
-        rendered: Callable[[list[dict[str, Any]]], list[str]],
-        place: str,
-    ) -> dict[int, tuple[str, Message, str]]:
-        """Which `parts` of a rendering may be a known answer, with the text before and after it.
-
-        Found by rendering the conversation once more with such messages replaced by their index between two `place`s.
-        Where a template does something else with those than with the messages, nothing is known.
-        """
-        turns = template_messages(messages)
-        known = [index for index, message in enumerate(messages) if self.answers.knows(message)]
-        for index in known:
-            turns[index] = {"role": turns[index]["role"], "content": f"{place}{index}{place}"}
-        try:
-            stand_ins = rendered(turns) if known else []
-        except UserError:
-            return {}
-        if stand_ins[1::2] != list(parts[1::2]):
-            return {}
-        stand_in = re.compile(f"([^{place}]*){place}([0-9]{{1,9}}){place}([^{place}]*)")
-        found = {number: stand_in.fullmatch(part) for number, part in enumerate(stand_ins)}
-        indices = {number: (match[1], int(match[2]), match[3]) for number, match in found.items() if match}
-        return {
-            number: (before, messages[index], after)
-            for number, (before, index, after) in indices.items()
-            if index in known
-        }
-
-    def _header(self, ids: Sequence[int], begin: int) -> list[int]:
-        """Where a turn's content begins whose text begins at `begin`: after the line that names the role."""
-        for place in range(begin, min(begin + MAX_ROLE_TOKENS, len(ids))):
-            if b"\n" in (text := self.token_bytes(ids[place])):
-                return [place + 1 if text == b"\n" else place]
-        return []
+        return ChatWriter(self, self._chat_template, messages, tools).write()
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text in which nothing is a control token: one that is spelled out is cut in two."""
         ids: list[int] = []
         start = 0
-        for control in self._controls.finditer(text):
+        for control in self.controls.finditer(text):
             ids += self.encode(text[start : control.start() + 1])
             start = control.start() + 1
         return ids + self.encode(text[start:])
 
     @cached_property
-    def _control_ids(self) -> dict[str, int]:
-        """Tokens that mean something to the model: special ones, and some that files do not mark as such."""
+    def control_tokens(self) -> dict[str, int]:
+        """Tokens that mean something to the model, by name: special ones, and some that files do not mark as such."""
         meant = {*self.end_ids, *self.fim.values()}
         tokens = self._fast.get_added_tokens_decoder()
         return {token.content: index for index, token in tokens.items() if token.special or index in meant}
 
     @cached_property
-    def _controls(self) -> re.Pattern[str]:
+    def controls(self) -> re.Pattern[str]:
         """Matches a control token; the longer of two where one begins the other."""
-        spelled = sorted(self._control_ids, key=len, reverse=True)
+        spelled = sorted(self.control_tokens, key=len, reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, spelled)) or '(?!)'})")
-
-    def _defused(self, value: Any, mark: str) -> Any:
-        """Put `mark` inside of control tokens that are spelled out in JSON values."""
-        if isinstance(value, str):
-            return self._controls.sub(lambda found: found[0][:1] + mark + found[0][1:], value)
-        if isinstance(value, list):
-            return [self._defused(item, mark) for item in value]
-        if isinstance(value, dict):
-            return {self._defused(key, mark): self._defused(item, mark) for key, item in value.items()}
-        return value
 
     def infill(self, prefix: str, suffix: str) -> list[int]:
         """Prefix, suffix, middle: the order that the Qwen2.5-Coder report (arXiv 2409.12186, section 3.1) gives.
@@ -238,21 +147,15 @@ class Tokenizer:
 
     def _split_files(self, prefix: str) -> tuple[list[int], str]:
         """Token ids of the context files in front of a prefix, and the prefix alone."""
-        separators = [found for found in _SEPARATOR.finditer(prefix) if found[1] in self._control_ids]
+        separators = [found for found in _SEPARATOR.finditer(prefix) if found[1] in self.control_tokens]
         end = max((found.end() for found in separators if found[1] == FILE_SEPARATOR), default=0)
         ids: list[int] = []
         start = 0
         for found in separators:
             if found.end() <= end:
-                ids += [*self.encode_text(prefix[start : found.start()]), self._control_ids[found[1]]]
+                ids += [*self.encode_text(prefix[start : found.start()]), self.control_tokens[found[1]]]
                 start = found.end(1)
         return [*ids, *self.encode_text(prefix[start:end])], prefix[end:]
-
-
-def _unused_characters(count: int, *values: Any) -> list[str]:
-    """Characters of Unicode's private use that occur in none of the JSON values."""
-    used = set(json.dumps(values, ensure_ascii=False))
-    return list(islice((chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used), count))
 
 
 class TextStream:

@@ -18,6 +18,8 @@ from lsp_agent.engine.prefix_tree import LONGEST, Node, PrefixTree
 from lsp_agent.engine.recurrent_copies import RecurrentCopies
 from lsp_agent.engine.state import StateSpec, recurrent_shapes, segment_shapes
 
+HEAP = 1024
+"""Entries of the queue for eviction beyond which those that no longer hold are looked for."""
 NODES = 16
 """For as many nodes of keys and values there is room at least."""
 Segment = Mapping[str, np.ndarray]
@@ -87,6 +89,7 @@ class PrefixStore:
         self._clock = 0.0
         self._uses = count(1)
         self._heap: list[tuple[tuple[float, int], int, Kept]] = []
+        self._heap_limit = HEAP
         self._evictions = self._disk_evictions = 0
         if disk is not None:
             self._find_files(disk)
@@ -314,7 +317,7 @@ class PrefixStore:
         """
         while self._heap:
             priority, _, node = heapq.heappop(self._heap)
-            if priority != node.priority or node.parent is None:
+            if not self._is_due(priority, node):
                 continue
             stored = self._store(node)
             if node.children and node.mark is None and not (stored and node.content is not None):
@@ -333,6 +336,20 @@ class PrefixStore:
         for node in nodes:
             node.priority = (self._clock + self._value(node), use)
             self._push(node)
+        if len(self._heap) > self._heap_limit:  # mostly entries of earlier priorities
+            live = {
+                id(node): (node.priority, order, node)
+                for priority, order, node in self._heap
+                if self._is_due(priority, node)
+            }
+            self._heap = list(live.values())
+            heapq.heapify(self._heap)
+            self._heap_limit = HEAP + 2 * len(self._heap)
+
+    @staticmethod
+    def _is_due(priority: tuple[float, int], node: Kept) -> bool:
+        """Whether an entry of the heap still holds."""
+        return priority == node.priority and node.parent is not None
 
     def _push(self, node: Kept) -> None:
         if node.mark is not None or (node.content is not None and (self._disk is not None or not node.children)):

@@ -127,6 +127,21 @@ def test_what_a_row_of_a_batch_has_read_is_remembered(decoder_of):
         assert reader.cache.stats().memory_tokens == 40 and reader.cache.stats().memory_bytes >= used
 
 
+def test_bookkeeping_does_not_grow_with_use(decoder_of, monkeypatch):
+    monkeypatch.setattr("lsp_agent.engine.prefix_store.HEAP", 64)
+    decoder = decoder_of(HYBRID)
+    cache = PrefixCache(decoder.states, CONTEXT, 1, decoder.device, 1 << 28)
+    reader = Reader(decoder, cache)
+    prompts = [Transcript(seed).add("user", 100).prompt() for seed in range(2)]
+    for turn in range(300):
+        state, _ = reader.begin(*prompts[turn % 2])
+        reader.end(state)
+        reader.read.clear()
+    nodes = sum(1 for _ in cache._store._tree)
+    assert cache.stats().evictions == 0 and len(cache._store._heap) <= 64 + 3 * nodes + 16
+    assert reader.ran == sum(len(ids) for ids, _ in prompts) + 298
+
+
 def test_a_cache_that_nobody_has_gives_its_memory_back(decoder_of):
     decoder = decoder_of(HYBRID)
     reader = Reader(decoder, PrefixCache(decoder.states, CONTEXT, 1, decoder.device, 1 << 28))

@@ -10,6 +10,7 @@ from pathlib import Path
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Message, Sampling, TokenScore, ToolSchema
 from lsp_agent.engine.architecture import ModelConfig
+from lsp_agent.engine.chat_prompt import ChatPrompt
 from lsp_agent.engine.device import CpuDevice, Device, DeviceChoice, open_device, requested_device
 from lsp_agent.engine.generation import Generation, OnStep
 from lsp_agent.engine.gpu.choice import Room, choose
@@ -26,7 +27,7 @@ from lsp_agent.engine.request import Request
 from lsp_agent.engine.scheduler import Scheduler
 from lsp_agent.engine.scoring import Scoring
 from lsp_agent.engine.session import Decoder
-from lsp_agent.engine.tokens import ChatPrompt, Tokenizer
+from lsp_agent.engine.tokens import Tokenizer
 from lsp_agent.errors import UserError
 from lsp_agent.machine import default_threads, usable_memory
 

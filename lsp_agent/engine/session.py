@@ -213,10 +213,10 @@ class Decoder:
         steps = self._gpu.steps if self._gpu else None
         return steps if steps is not None and steps.most_verified > 1 else None
 
-    def verify(self, ids: Sequence[int], state: State) -> Verified:
+    def verify(self, ids: Sequence[int], state: State, cancel: CancelToken | None = None) -> Verified:
         """Read at most `most_verified` `ids` after a state of one sequence, of which the caller accepts the first few.
 
-        See `Verified`: whatever number is accepted, nothing is read again.
+        See `Verified`: whatever number is accepted, nothing is read again. Raises `Cancelled` as `run` does.
         """
         if not 0 < len(ids) <= self.most_verified:
             raise ValueError(f"cannot verify {len(ids)} ids, at most {self.most_verified}")
@@ -229,7 +229,7 @@ class Decoder:
         state.bind(binding)
         last = len(ids) - 1
         kept = self._replay.bind(binding, last) if self._replay is not None else {}
-        logits = self._run(binding, np.array([ids], np.int64), state, range(len(ids)), kept=last)
+        logits = self._run(binding, np.array([ids], np.int64), state, range(len(ids)), cancel, kept=last)
 
         def accept(count: int) -> None:
             if not 0 < count <= len(ids):

@@ -133,7 +133,7 @@ class Stepper:
         state, timings = one.state, one.job.timings
         assert state is not None
         started = self._clock()
-        verified = self._decoder.verify([one.ids[-1], *draft], state)
+        verified = self._decoder.verify([one.ids[-1], *draft], state, one.job.request.cancel)
         self.run_costs.note(1 + len(draft), self._clock() - started)
         accepted = 0
         try:

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from test_golden_hf import PROMPT, read
 
+from lsp_agent.cancel import CancelToken
 from lsp_agent.engine.state import State
+from lsp_agent.errors import Cancelled
 
 HYBRIDS = ["qwen3-next", "qwen3-next-other"]
 MODELS = [*HYBRIDS, "qwen3-moe"]
@@ -133,6 +135,20 @@ def test_guesses_right_and_wrong_give_the_tokens_of_single_steps(hf_engine, name
                 break
         verified.accept(accepted)
     assert tokens == plain and state.ids == [*KNOWN, *plain[:-1]]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_cancelled_verification_leaves_the_state_as_it_was(hf_engine, name):
+    decoder = hf_engine(name)._decoder
+    _, state = read(hf_engine(name), [KNOWN])
+    before = arrays(state)
+    cancel = CancelToken()
+    cancel.cancel()
+    with pytest.raises(Cancelled):
+        for _ in range(200):  # a run this short may finish before it is stopped
+            decoder.verify([1] * decoder.most_verified, state, cancel)
+    for name_, array in arrays(state).items():
+        np.testing.assert_array_equal(array, before[name_], err_msg=name_)
 
 
 def test_plain_runs_put_nothing_out_for_replays(hf_engine):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 
 DECAY = 0.9
 """Weight of what was known at each new measurement."""
 RETRY = 256
 """Steps after which a way of stepping that was slower is tried again: costs change with lengths and neighbours."""
+LATEST = 4
+"""Steps of so many sequences that are remembered."""
 PRIOR = 0.3
 """What a further sequence adds to a step, in steps, before it was measured."""
 
@@ -44,18 +47,21 @@ class StepCosts:
     """Seconds of a step of 1, 2, … sequences together, and of copying tokens into their rows."""
 
     def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
+        self._latest: dict[int, deque[float]] = {}
         self._asked = 0
         self._a_copy: float | None = None  # seconds a token
         self._missed = 0.0
 
     def note(self, sequences: int, seconds: float) -> None:
-        """Learn from a step; a single slow one (the first captures, allocates) counts little."""
-        known = self._seconds.get(sequences)
-        if known is None or known == math.inf:
-            self._seconds[sequences] = seconds
+        """Learn from a step. The first of so many does not count: it allocates, and captures on a GPU."""
+        if sequences in self._latest:
+            self._latest[sequences].append(seconds)
         else:
-            self._seconds[sequences] = min(known + 0.2 * (seconds - known), 2 * known)
+            self._latest[sequences] = deque(maxlen=LATEST)
+
+    def _cost(self, sequences: int) -> float | None:
+        """Seconds of a step; what neighbours on the machine add to single ones is left out."""
+        return min(self._latest.get(sequences, ()), default=None)
 
     def note_copy(self, tokens: int, seconds: float) -> None:
         """Learn what copying `tokens` took."""
@@ -71,21 +77,22 @@ class StepCosts:
         costs: then it is worth it, however soon one of them ends (as skis are rented before they are bought).
         """
         self._asked += 1
-        one = self._seconds.get(1)
+        one, all_ = self._cost(1), self._cost(sequences)
         if one is None:
             return False
-        all_ = self._seconds.get(sequences, one * (1 + PRIOR * (sequences - 1)))
+        if all_ is None:
+            all_ = one * (1 + PRIOR * (sequences - 1))
         saved = sequences * one - all_
-        if saved <= 0 and self._asked % RETRY:
-            return False
-        self._missed += max(saved, 0.0)
+        if saved <= 0:
+            return self._asked % RETRY == 0
+        self._missed += saved
         return tokens * (self._a_copy or 0.0) <= self._missed
 
     def speed(self, sequences: int) -> float:
         """Tokens that so many decode, as they are best stepped, in the time of one step alone."""
-        one, all_ = self._seconds.get(1), self._seconds.get(sequences)
+        one, all_ = self._cost(1), self._cost(sequences)
         return max(1.0, sequences * one / all_) if one and all_ else 1.0
 
     def forbid(self, sequences: int) -> None:
         """Step so many one after the other, for a while."""
-        self._seconds[sequences] = math.inf
+        self._latest[sequences] = deque([math.inf], maxlen=1)

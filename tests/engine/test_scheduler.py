@@ -254,7 +254,7 @@ def test_an_answer_obeys_its_constraint_and_what_must_follow_is_read_in_one_run(
 
     runs = []
     verify = engine._decoder.verify
-    monkeypatch.setattr(engine._decoder, "verify", lambda ids, state: runs.append(len(ids)) or verify(ids, state))
+    monkeypatch.setattr(engine._decoder, "verify", lambda ids, *rest: runs.append(len(ids)) or verify(ids, *rest))
     asked = Asked(engine, prompt(3, 20), 20, constraint=OnlyThese)
     run(engine)
     assert asked.tokens() == allowed and asked.steps[-1].finish_reason == "stop"

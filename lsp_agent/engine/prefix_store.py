@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
 from typing import Protocol
 
 import numpy as np
 
 from lsp_agent.engine.device import Array
 from lsp_agent.engine.host_memory import HostMemory, bytes_of
-from lsp_agent.engine.prefix_disk import PrefixDisk, PrefixLostError, Stored, prompt_hash
-from lsp_agent.engine.prefix_tree import LONGEST, Node, PrefixTree
+from lsp_agent.engine.prefix_disk import PrefixDisk, PrefixLostError
+from lsp_agent.engine.prefix_eviction import GreedyDual
+from lsp_agent.engine.prefix_files import Checkpoint, Kept, NodeFiles, Segment
+from lsp_agent.engine.prefix_tree import LONGEST, PrefixTree
 from lsp_agent.engine.recurrent_copies import RecurrentCopies
 from lsp_agent.engine.state import StateSpec, recurrent_shapes, segment_shapes
 
-HEAP = 1024
-"""Entries of the queue for eviction beyond which those that no longer hold are looked for."""
 NODES = 16
 """For as many nodes of keys and values there is room at least."""
-Segment = Mapping[str, np.ndarray]
-"""Keys and values [heads, tokens, head size] of consecutive tokens, by `past` name."""
-Checkpoint = Mapping[str, np.ndarray]
-"""Recurrent states [1, ...] by `past` name."""
-Kept = Node[Segment, Checkpoint]
 Path = list[tuple[Kept, int]]
 """Nodes from the root on, and how many tokens of each agree with what was looked up: all but of the last one."""
 
@@ -73,7 +67,7 @@ class Part:
 
 class PrefixStore:
     """Within the budget of `memory`, what is evicted first is what was used least lately and is cheapest to read again
-    for its bytes (GreedyDual-Size; Cao and Irani, 1997); it goes to `disk`, if there is one.
+    for its bytes; it goes to `disk`, if there is one.
 
     A node may lack its keys and values while a state in the device's memory has them: a branch is kept without a second
     copy of what it shares with that state, and is usable as long as that state is.
@@ -81,18 +75,14 @@ class PrefixStore:
 
     def __init__(self, specs: Iterable[StateSpec], memory: HostMemory, disk: PrefixDisk | None = None) -> None:
         self._specs = tuple(specs)
-        self._memory, self._disk = memory, disk
+        self._memory = memory
         self._recurrent = bytes_of(recurrent_shapes(self._specs))
         self._a_token = bytes_of(segment_shapes(self._specs, 64)) / 64
         self._tree = self._new_tree()
-        self._files: dict[Kept, Stored] = {}
-        self._clock = 0.0
-        self._uses = count(1)
-        self._heap: list[tuple[tuple[float, int], int, Kept]] = []
-        self._heap_limit = HEAP
-        self._evictions = self._disk_evictions = 0
-        if disk is not None:
-            self._find_files(disk)
+        self._queue: GreedyDual[Kept] = GreedyDual()
+        self._evictions = 0
+        self._files = NodeFiles(disk)
+        self._touch(self._files.attach(self._tree.root))
 
     def _new_tree(self) -> PrefixTree[Segment, Checkpoint]:
         """Of nodes that are small beside the budget."""
@@ -148,7 +138,7 @@ class PrefixStore:
         self._touch(node for node, _ in path)
 
     def _marked(self, node: Kept) -> bool:
-        return node.mark is not None or (node in self._files and self._files[node].checkpoint)
+        return node.mark is not None or self._files.has_checkpoint(node)
 
     # Keeping
 
@@ -175,39 +165,35 @@ class PrefixStore:
         for place, node in enumerate(waiting, 1):
             if not self._fill(node, view, node.end in marks):
                 break
-            if self._disk is not None:
+            if self._files.disk is not None:
                 self._push(node)  # what follows may need its place
             if time.monotonic() > deadline and place < len(waiting):
                 done = False
                 break
         self._prune(nodes[-1])
-        self._touch(node for node in nodes if node.parent is not None)
+        self._touch(node for node in nodes if node.alive)
         return done
 
     def flush(self) -> None:
         """Write to disk what is not there, the latest in use first, as far as there is room."""
-        if self._disk is not None:
-            for node in sorted(self._tree, key=lambda node: (-node.priority[1], node.start)):
-                self._store(node, evicting=False)
+        for node in sorted(self._tree, key=lambda node: (-node.priority[1], node.start)):
+            self._store(node, evicting=False)
 
     def clear(self, disk: bool = True) -> None:
         """Forget everything; without `disk` only what is in main memory."""
         for node in self._tree:
             node.content = node.mark = None  # parents and children refer to each other
-        if disk and self._disk is not None:
-            for stored in self._files.values():
-                self._disk.remove(stored)
-        self._files.clear()
+        self._files.clear(remove=disk)
         self._tree = self._new_tree()
-        self._heap.clear()
+        self._queue.clear()
 
     def stats(self) -> StoreStats:
         """How much is here; for any thread."""
-        stats = StoreStats(evictions=self._evictions, disk_evictions=self._disk_evictions)
+        stats = StoreStats(evictions=self._evictions, disk_evictions=self._files.evictions)
         for node in self._tree:
             stats.tokens += len(node.tokens) if node.content is not None else 0
             stats.checkpoints += node.mark is not None
-        stats.disk_tokens = sum(len(stored.tokens) for stored in list(self._files.values()))
+        stats.disk_tokens = self._files.tokens
         return stats
 
     def _lacks(self, node: Kept, marks: set[int]) -> bool:
@@ -227,18 +213,16 @@ class PrefixStore:
             if node.mark is None and node.end == len(view.ids):
                 node.mark = view.checkpoints.copied(view.recurrent, self._memory)
             if node.mark is not None and node in self._files:
-                self._forget_file(node)  # which lacks it
+                self._files.forget(node)  # which lacks it
         return True
 
     def _insert(self, ids: Sequence[int]) -> list[Kept]:
         """As the tree's; a node that is about to be split comes back from disk."""
         path = self.walk(ids)
         if path and path[-1][1] < len(path[-1][0].tokens) and (node := path[-1][0]) in self._files:
-            try:
+            with suppress(PrefixLostError):
                 node.content, node.mark, _ = self._from_disk(node)
-                self._forget_file(node)
-            except PrefixLostError:
-                pass
+                self._files.forget(node)
         return self._tree.insert(ids)
 
     def _split(self, content: Segment, at: int) -> tuple[Segment, Segment]:
@@ -255,58 +239,26 @@ class PrefixStore:
 
     # Files
 
-    def _find_files(self, disk: PrefixDisk) -> None:
-        """Hang what an earlier process left into the tree."""
-        known = {prompt_hash(()): self._tree.root}
-        for stored in disk.found():
-            parent = known.get(stored.before)
-            if parent is None or stored.tokens[0] in parent.children or parent.end != stored.start:
-                disk.remove(stored)
-                continue
-            node: Kept = Node(stored.tokens, parent)
-            parent.children[stored.tokens[0]] = known[stored.after] = node
-            self._files[node] = stored
-
     def _store(self, node: Kept, evicting: bool = True) -> bool:
         """Have a node on disk, in the place of others if need be and if `evicting`."""
-        if self._disk is None or node in self._files or node.content is None:
-            return node in self._files
         size = int(len(node.tokens) * (self._a_token + 16)) + self._recurrent + 1024
-        while self._disk.used + size > self._disk.limit:
-            ends = [one for one in self._files if not any(child in self._files for child in one.children.values())]
-            if not evicting or not ends:
-                return False
-            self._disk_evictions += 1
-            self._forget_file(min(ends, key=lambda one: one.priority))
-        ids: list[int] = []
-        above: Kept | None = node
-        while above is not None:
-            ids[:0], above = above.tokens, above.parent
-        stored = self._disk.write(ids, node.start, node.content, node.mark)
-        if stored is not None:
-            self._files[node] = stored
-        return stored is not None
+        stored, gone = self._files.store(node, size, evicting)
+        for other in gone:
+            self._prune(other)
+        return stored
 
     def _from_disk(self, node: Kept) -> tuple[Segment, Checkpoint | None, bool]:
         """What is in a node's file, which main memory then has as well if there is room; raises `PrefixLostError`."""
-        if self._disk is None or node not in self._files:
-            raise PrefixLostError
         try:
-            content, mark, roomy = self._disk.read(self._files[node], self._memory)
+            content, mark, roomy = self._files.read(node, self._memory)
         except PrefixLostError:
-            self._forget_file(node)
+            self._prune(node)
             raise
         if roomy:
             node.content = content if node.content is None else node.content
             node.mark = mark if node.mark is None else node.mark
             self._push(node)
         return content, mark, roomy
-
-    def _forget_file(self, node: Kept) -> None:
-        stored = self._files.pop(node, None)
-        if stored is not None and self._disk is not None:
-            self._disk.remove(stored)
-            self._prune(node)
 
     # Eviction
 
@@ -315,14 +267,11 @@ class PrefixStore:
 
         Keys and values go from the ends of branches, if not to disk, and copies of recurrent states from anywhere.
         """
-        while self._heap:
-            priority, _, node = heapq.heappop(self._heap)
-            if not self._is_due(priority, node):
-                continue
+        while (node := self._queue.pop()) is not None:
             stored = self._store(node)
             if node.children and node.mark is None and not (stored and node.content is not None):
                 continue  # its turn comes when it ends a branch
-            self._clock = max(self._clock, priority[0])
+            self._queue.evicted(node)
             self._evictions += 1
             node.mark = None
             if stored or not node.children:
@@ -332,28 +281,14 @@ class PrefixStore:
         return False
 
     def _touch(self, nodes: Iterable[Kept]) -> None:
-        use = next(self._uses)
+        use = self._queue.use()
         for node in nodes:
-            node.priority = (self._clock + self._value(node), use)
+            node.priority = self._queue.priority(self._value(node), use)
             self._push(node)
-        if len(self._heap) > self._heap_limit:  # mostly entries of earlier priorities
-            live = {
-                id(node): (node.priority, order, node)
-                for priority, order, node in self._heap
-                if self._is_due(priority, node)
-            }
-            self._heap = list(live.values())
-            heapq.heapify(self._heap)
-            self._heap_limit = HEAP + 2 * len(self._heap)
-
-    @staticmethod
-    def _is_due(priority: tuple[float, int], node: Kept) -> bool:
-        """Whether an entry of the heap still holds."""
-        return priority == node.priority and node.parent is not None
 
     def _push(self, node: Kept) -> None:
-        if node.mark is not None or (node.content is not None and (self._disk is not None or not node.children)):
-            heapq.heappush(self._heap, (node.priority, next(self._uses), node))
+        if node.mark is not None or (node.content is not None and (self._files.disk is not None or not node.children)):
+            self._queue.push(node)
 
     def _value(self, node: Kept) -> float:
         """What would be read again without it, over its bytes; 1 for keys and values alone."""
@@ -372,9 +307,8 @@ class PrefixStore:
         while node.parent is not None and not node.children and self._is_bare(node):
             parent = node.parent
             self._tree.remove(node)
-            node.parent = None
             node = parent
-        if node.parent is not None:
+        if node.alive:
             self._push(node)
 
     def _is_bare(self, node: Kept) -> bool:

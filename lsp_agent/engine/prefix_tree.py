@@ -34,6 +34,11 @@ class Node(Generic[T, M]):
         self.priority: tuple[float, int] = (0.0, 0)
 
     @property
+    def alive(self) -> bool:
+        """Whether it is in the tree."""
+        return self.parent is not None
+
+    @property
     def end(self) -> int:
         """How many tokens lead to the end of this node, with its own."""
         return self.start + len(self.tokens)
@@ -85,6 +90,7 @@ class PrefixTree(Generic[T, M]):
         if node.children or node.parent is None:
             raise ValueError("only a node at the end of a branch can be removed")
         del node.parent.children[node.tokens[0]]
+        node.parent = None
 
     def _split(self, node: Node[T, M], at: int) -> Node[T, M]:
         """Divide a node; it becomes the second part, and the first, new one is returned."""

@@ -128,7 +128,7 @@ def test_what_a_row_of_a_batch_has_read_is_remembered(decoder_of):
 
 
 def test_bookkeeping_does_not_grow_with_use(decoder_of, monkeypatch):
-    monkeypatch.setattr("lsp_agent.engine.prefix_store.HEAP", 64)
+    monkeypatch.setattr("lsp_agent.engine.prefix_eviction.LEAST", 64)
     decoder = decoder_of(HYBRID)
     cache = PrefixCache(decoder.states, CONTEXT, 1, decoder.device, 1 << 28)
     reader = Reader(decoder, cache)
@@ -138,7 +138,7 @@ def test_bookkeeping_does_not_grow_with_use(decoder_of, monkeypatch):
         reader.end(state)
         reader.read.clear()
     nodes = sum(1 for _ in cache._store._tree)
-    assert cache.stats().evictions == 0 and len(cache._store._heap) <= 64 + 3 * nodes + 16
+    assert cache.stats().evictions == 0 and len(cache._store._queue) <= 64 + 3 * nodes + 16
     assert reader.ran == sum(len(ids) for ids, _ in prompts) + 298
 
 

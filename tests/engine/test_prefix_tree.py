@@ -3,7 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsp_agent.engine.prefix_tree import PrefixTree, shared_prefix
+from lsp_agent.engine.prefix_eviction import GreedyDual
+from lsp_agent.engine.prefix_tree import Node, PrefixTree, shared_prefix
 
 IDS = st.lists(st.integers(0, 2), max_size=12)
 
@@ -59,3 +60,45 @@ def test_the_shared_prefix_is_that_of_a_loop(ids, tail, cut):
     other = ids[:cut] + tail
     for left, right in ((ids, other), (tuple(ids), other), (other, ids)):
         assert shared_prefix(left, right) == common(ids, other)
+
+
+def test_what_was_used_least_lately_goes_first_and_what_is_worth_little_before_that():
+    queue: GreedyDual = GreedyDual()
+    parent: Node = Node((), None)
+    nodes = [Node((number,), parent) for number in range(5)]
+
+    def use(*numbers, value=1.0):
+        now = queue.use()
+        for number in numbers:
+            nodes[number].priority = queue.priority(value, now)
+            queue.push(nodes[number])
+
+    use(0, 1, 2)
+    use(3)
+    use(0)
+    use(4, value=0.5)
+    nodes[2].parent = None  # no longer there
+    order = []
+    while (node := queue.pop()) is not None:
+        order.append(node.tokens[0])
+        queue.evicted(node)
+        if len(order) == 2:
+            use(4)  # used again, later than all the others
+    assert order == [4, 1, 3, 0, 4]
+
+
+def test_values_age():
+    queue: GreedyDual = GreedyDual()
+    parent: Node = Node((), None)
+    dear, order = Node((99,), parent), []
+    dear.priority = queue.priority(5.0, queue.use())
+    queue.push(dear)
+    for number in range(10):
+        cheap = Node((number,), parent)
+        cheap.priority = queue.priority(1.0, queue.use())
+        queue.push(cheap)
+        queue.evicted(gone := queue.pop())
+        order.append(gone.tokens[0])
+        if gone is dear:
+            break
+    assert order == [0, 1, 2, 3, 99]

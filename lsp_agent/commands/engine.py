@@ -190,12 +190,13 @@ def _add_model(table: Table, name: str, model: dict[str, Any]) -> None:
         f"{model['answered']} answered, the last {_ago(model['idle_s'])} ago",
     )
     table.add_row("  speed", f"{speed['prompt']:.0f} tokens/s of prompts, {speed['answer']:.1f} tokens/s of answers")
-    found = cache["found_in_states"] + cache["found_in_memory"]
+    found = sum(cache[f"found_{where}"] for where in ("in_states", "in_memory", "on_disk"))
     share = f"{100 * found / cache['asked']:.0f} % of prompts' tokens were known; " if cache["asked"] else ""
+    disk = f", {_size(cache['disk_bytes'])} of {_size(cache['disk_limit'])} of disk" if cache["disk_limit"] else ""
     table.add_row(
         "  cache",
         f"{share}{cache['state_tokens']} tokens ready, {_size(cache['state_bytes'])}, and {cache['memory_tokens']} "
-        f"in main memory, {_size(cache['memory_bytes'])} of {_size(cache['memory_limit'])}",
+        f"in main memory, {_size(cache['memory_bytes'])} of {_size(cache['memory_limit'])}{disk}",
     )
 
 

@@ -223,12 +223,12 @@ def test_a_full_queue_says_when_to_come_again() -> None:
 def test_while_stopping_and_after_the_gpu_was_lost_nothing_is_answered() -> None:
     with serving({"speaker": Speaker(["x"])}) as service:
         client = service.openai()
-        service.host.broken = GpuLost("The GPU stopped working in mid-run; run again.")
+        service.host.thread.broken = GpuLost("The GPU stopped working in mid-run; run again.")
         with pytest.raises(openai.InternalServerError) as raised:
             client.chat.completions.create(model="speaker", messages=HI)
         assert raised.value.status_code == 503 and raised.value.code == "gpu_lost"
         assert service.http().get("/health").status_code == 503
-        service.host.broken = None
+        service.host.thread.broken = None
         assert service.http().get("/health").status_code == 200
         service.host.stopping = True
         with pytest.raises(openai.InternalServerError) as raised:

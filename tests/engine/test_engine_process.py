@@ -26,8 +26,8 @@ from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.request import Request
+from lsp_agent.engine.service import engine_thread, room
 from lsp_agent.engine.service import host as hosting
-from lsp_agent.engine.service import room
 from lsp_agent.engine.service.catalog import Catalog
 from lsp_agent.engine.service.host import EngineHost
 from lsp_agent.engine.service.runtime import About, place, runtime_folder
@@ -403,7 +403,7 @@ def test_nothing_new_is_taken_when_it_is_to_stop(with_host: Any, loads: Loads) -
 def test_what_the_next_start_can_use_is_kept_once_it_is_quiet(
     with_host: Any, loads: Loads, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(hosting, "QUIET_S", 0.01)
+    monkeypatch.setattr(engine_thread, "QUIET_S", 0.01)
     kept = threading.Event()
 
     def remember(engine: Engine) -> None:

@@ -1,14 +1,12 @@
-"""The loaded models and the one thread that computes: whoever asks, the work is done there, piece by piece."""
+"""The loaded models: which are in memory, and who has asked what of them."""
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import gc
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,9 +14,9 @@ from typing import Any, TypeVar
 from lsp_agent.engine.chat_template import render
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.generation import Generation
-from lsp_agent.engine.gpu.errors import GpuLost, explain
 from lsp_agent.engine.request import Request, Step
 from lsp_agent.engine.service.catalog import Catalog, ServedModel, Source
+from lsp_agent.engine.service.engine_thread import EngineThread
 from lsp_agent.engine.service.residents import Loading, OnProgress, Resident
 from lsp_agent.engine.service.room import fit, give_back_memory
 from lsp_agent.errors import EngineStopping, UserError
@@ -28,8 +26,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 OnStep = Callable[[Step | Exception | None], None]
 
-QUIET_S = 1.0
-"""After so long without work there is time to keep on disk what the next start can use."""
 GRACE_S = 5.0
 """A model that was asked for is not unloaded for so long: its request may still be in the making."""
 STALE_S = 120.0
@@ -43,8 +39,6 @@ class EngineHost:
 
     def __init__(self, catalog: Catalog | None = None, *, threads: int | None = None) -> None:
         self.catalog = catalog or Catalog()
-        self.broken: UserError | None = None
-        """Why nothing can be answered any more; the process has to end."""
         self.stopping = False
         """Takes no new requests and finishes those that it has."""
         self.leaving_now = False
@@ -53,16 +47,10 @@ class EngineHost:
         """Set by `leave`."""
         self.last_used = time.monotonic()
         self._threads = threads
-        self._residents: tuple[Resident, ...] = ()  # replaced, never changed: the engine thread reads it
+        self.thread = EngineThread()
         self._loading: dict[str, Loading] = {}
         self._one_at_a_time = asyncio.Lock()
         self._lock = threading.Lock()
-        self._wake = threading.Event()
-        self._calls: deque[tuple[concurrent.futures.Future[Any], Callable[[], Any]]] = deque()
-        self._unremembered = False
-        self._ended = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
 
     @classmethod
     def holding(cls, engines: Mapping[str, Engine]) -> EngineHost:
@@ -146,7 +134,8 @@ class EngineHost:
         def watched(item: Step | Exception | None) -> None:
             if not isinstance(item, Step):
                 if isinstance(item, Exception):
-                    item = self._noted(item)
+                    item = self.thread.told(item)
+                resident.answered += 1
                 if asked:
                     resident.recent.append(asked[0].timings)
                 self._end(resident)
@@ -162,16 +151,22 @@ class EngineHost:
     async def call(self, engine: Engine, function: Callable[[], T]) -> T:
         """Run `function` on the engine thread between two pieces of work; it should be short."""
         resident = self._of(engine)
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
         self._begin(resident)
         try:
-            self._calls.append((future, function))
-            self._wake.set()
-            return await asyncio.wrap_future(future)
+            return await asyncio.wrap_future(self.thread.call(function))
         except Exception as error:
-            raise self._noted(error) from error
+            raise self.thread.told(error) from error
         finally:
             self._end(resident)
+
+    @property
+    def broken(self) -> UserError | None:
+        """Why nothing can be answered any more; the process has to end."""
+        return self.thread.broken
+
+    @property
+    def _residents(self) -> tuple[Resident, ...]:
+        return self.thread.residents
 
     @property
     def busy(self) -> bool:
@@ -192,12 +187,15 @@ class EngineHost:
         self.leaving_now = self.leaving_now or now
         self.left.set()
 
+    async def close(self) -> None:
+        """When all is answered: keep on disk what the next start can use."""
+        for resident in self._residents:
+            await self._close(resident)
+
     def stop(self) -> None:
         """End the engine thread after the piece of work it is at; what is unfinished stays so."""
-        self.stopping = self._ended = True
-        self._wake.set()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self.stopping = True
+        self.thread.stop()
         for resident in self._residents:
             resident.engine.scheduler.wake = _nothing
 
@@ -252,22 +250,23 @@ class EngineHost:
     async def _unload(self, resident: Resident) -> None:
         log.info("unloading %s", resident.name)
         with self._lock:
-            self._residents = tuple(other for other in self._residents if other is not resident)
-        await self._between(gc.collect)  # the engine thread has let go of it by then
+            self.thread.residents = tuple(other for other in self._residents if other is not resident)
+        await self._close(resident)
+        await asyncio.wrap_future(self.thread.call(gc.collect))  # the engine thread has let go of it by then
         del resident
         await asyncio.to_thread(give_back_memory)
 
-    async def _between(self, function: Callable[[], Any]) -> None:
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        self._calls.append((future, function))
-        self._wake.set()
-        await asyncio.wrap_future(future)
+    async def _close(self, resident: Resident) -> None:
+        try:
+            await asyncio.wrap_future(self.thread.call(resident.engine.close))
+        except Exception as error:
+            log.warning("cannot keep what the next start could use: %s", error)
 
     def _take_in(self, resident: Resident) -> None:
-        resident.engine.scheduler.wake = self._wake.set
+        resident.engine.scheduler.wake = self.thread.wake
         with self._lock:
-            self._residents = (*self._residents, resident)
-        self._wake.set()
+            self.thread.residents = (*self._residents, resident)
+        self.thread.wake()
 
     # Bookkeeping
 
@@ -283,7 +282,7 @@ class EngineHost:
 
     def _check(self) -> None:
         if self.broken is not None:
-            raise self.broken
+            raise type(self.broken)(str(self.broken))
         if self.stopping:
             raise EngineStopping("The engine is stopping; ask again.")
 
@@ -298,55 +297,7 @@ class EngineHost:
     def _end(self, resident: Resident) -> None:
         with self._lock:
             resident.active -= 1
-            resident.answered += 1
-        self._unremembered = True
         self._touch(resident)
-
-    def _noted(self, error: Exception) -> Exception:
-        """The error for who asked; a lost GPU breaks the host."""
-        told = explain(error) or error
-        if isinstance(told, GpuLost):
-            self.broken = self.broken or told
-        return told
-
-    # The engine thread
-
-    def _run(self) -> None:
-        while not self._ended:
-            self._wake.clear()
-            self._run_calls()
-            worked = False
-            for resident in self._residents:
-                try:
-                    worked |= resident.engine.scheduler.advance()
-                    self.broken = self.broken or resident.engine.scheduler.broken
-                except Exception as error:  # no request's fault: those are told by their generations
-                    log.exception("the engine failed")
-                    told = self._noted(error)
-                    self.broken = self.broken or UserError(f"The engine failed ({type(told).__name__}); ask again.")
-                    return
-            resident = None  # type: ignore[assignment]  # an unloaded model's memory must not wait for the next one
-            if not worked and not self._wake.wait(QUIET_S if self._unremembered else None):
-                self._remember()
-
-    def _run_calls(self) -> None:
-        while self._calls:
-            future, function = self._calls.popleft()
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
-    def _remember(self) -> None:
-        self._unremembered = False
-        for resident in self._residents:
-            try:
-                resident.engine.remember()
-            except Exception as error:
-                log.warning("cannot keep what the next start could use: %s", error)
-                self._noted(error)
 
 
 def _seen(task: asyncio.Task[None]) -> None:

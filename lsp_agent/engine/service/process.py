@@ -40,6 +40,8 @@ IDLE_SECONDS = 600.0
 """An engine that nobody asked anything for so long gives its memory back; the next request starts it again."""
 DRAIN_S = 600.0
 """The longest answer that is waited for when the engine is asked to leave."""
+CLOSE_S = 20.0
+"""How long writing to disk what the next start can use may take."""
 BROKEN_S = 2.0
 """How long clients may take to read that the GPU was lost."""
 
@@ -213,6 +215,9 @@ class _Serving:
             for http, _ in self._listening:
                 http.should_exit = True
             await asyncio.wait(tasks, timeout=BROKEN_S)
+            if self._host.broken is None:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._host.close(), CLOSE_S)
         return ExitCode.ENVIRONMENT if self._host.broken else ExitCode.OK
 
     def _reason(self) -> str:

@@ -86,6 +86,11 @@ def compile_grammar(grammar: str, tokenizer: Tokenizer, what: str) -> Callable[[
     return _vocabulary(tokenizer).compiled(grammar, what)
 
 
+def beginning_with_no_space(tokenizer: Tokenizer) -> np.ndarray:
+    """The tokens of text that begin with something else than whitespace, bool [vocabulary]."""
+    return _vocabulary(tokenizer).beginning_with_no_space
+
+
 class GrammarConstraint:
     """One answer under a grammar; see `Constraint`."""
 
@@ -139,7 +144,10 @@ class Vocabulary:
         self._size = tokenizer.vocabulary
         self._never = np.array(sorted(tokenizer.control_ids - tokenizer.end_ids), np.int64)
         self._end = sorted(tokenizer.end_ids)
-        self._tokens: LLTokenizer = LLTokenizer(cast(Any, _Tokens(tokenizer)), self._size, self._end)
+        tokens = _Tokens(tokenizer)
+        self._tokens: LLTokenizer = LLTokenizer(cast(Any, tokens), self._size, self._end)
+        self.beginning_with_no_space = np.array([bool(text[:1].strip()) for text in tokens.tokens], np.bool_)
+        self.beginning_with_no_space[sorted(tokenizer.control_ids)] = False
         self._limits: LLParserLimits = LLParserLimits(
             step_lexer_fuel=50_000, max_lexer_states=50_000, max_grammar_size=100_000, verbose_errors=False
         )

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lsp_agent.engine.constraints import grammar
+
 if TYPE_CHECKING:
     from lsp_agent.engine.constraints import Constraint
     from lsp_agent.engine.tokens import Tokenizer
@@ -18,10 +20,7 @@ def ending_at_the_margin(make: Callable[[], Constraint], tokenizer: Tokenizer) -
     A model that has written a function goes on with an example, or closes its code fence. Were that not allowed, it
     would have to go on inside of the function, since the end token was not what it had in mind.
     """
-    controls = tokenizer.control_ids
-    beginnings = [b"" if token in controls else tokenizer.token_bytes(token) for token in range(tokenizer.vocabulary)]
-    margin = np.array([bool(text) and not text[:1].isspace() for text in beginnings], np.bool_)
-    ends = np.array(sorted(tokenizer.end_ids))
+    margin, ends = grammar.beginning_with_no_space(tokenizer), np.array(sorted(tokenizer.end_ids))
     return lambda: _MarginConstraint(make(), tokenizer, margin, ends)
 
 

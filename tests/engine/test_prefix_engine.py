@@ -135,3 +135,20 @@ def test_cancelled_and_undone_turns(client, name):
     for messages in (7, 3, 5, 1):
         client.ask(talk.branch(messages, messages).add("user", 25))
     client.ask(talk)
+
+
+@MODELS
+def test_an_engine_that_is_loaded_again_goes_on_from_disk(hf_package, monkeypatch, tmp_path, name):
+    monkeypatch.setenv("LSP_AGENT_CACHE_DISK", "64MiB")
+    monkeypatch.setenv("LSP_AGENT_CACHE_DIR", str(tmp_path))
+    client = Client(hf_package(name), monkeypatch)
+    talk = Transcript(5).add("system", 100).add("user", 60)
+    client.ask(talk)
+    talk.add("tool", 50)
+    client.engine.close()
+    again = Client(hf_package(name), monkeypatch)
+    again.known = client.known
+    again.ask(talk)
+    assert again.engine.prefixes.stats().found_on_disk > 160
+    (folder,) = (tmp_path / "prefixes").iterdir()
+    assert any(path.suffix == ".prefix" for path in folder.iterdir())

@@ -58,6 +58,12 @@ def test_an_error_that_is_about_something_else_is_told_and_nothing_is_forgotten(
     assert {"prediction", "top_k"} <= server.bodies[-1].keys()
 
 
+def test_more_stop_texts_than_the_api_takes_are_heeded_here(start: Start) -> None:
+    server, model = start(lambda path, body: said("one two six"), "openai")
+    assert chat(model, stop=("a", "b", "c", "d", "e", " six"))[0].text == "one two"
+    assert server.bodies[0]["stop"] == ["a", "b", "c", "d"]
+
+
 def test_newer_models_call_the_limit_otherwise(start: Start) -> None:
     message = "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
     server, model = start(strict("max_tokens", message=message), "openai")

@@ -133,8 +133,6 @@ def _placed(tokens: Iterable[tuple[str, float | None]], text: str) -> Iterable[T
     at, lost = 0, 0.0
     pending = False
     for token, value in tokens:
-        if at >= len(text):
-            return
         found = text.find(token, at, at + len(token) + 8) if token and "\ufffd" not in token else -1
         if found < 0:
             pending, lost = True, lost + (value or 0.0)

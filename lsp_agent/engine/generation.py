@@ -32,6 +32,8 @@ class Job:
         self.timings = Timings(prompt_tokens=len(request.prompt))
         self.decodings = [Decoding(self, index, tokenizer, limit) for index in range(request.n)]
         self.results: deque[Step | Exception | None] = deque()
+        self.begun = False
+        """Its prompt has been, or is being, read."""
         self.ended = False
         self.abandoned = False
         """Nobody will ask for its steps."""

@@ -129,11 +129,18 @@ class Scheduler:
             if job.unwanted:
                 self._drop(job, Cancelled())
             elif any(one.unwanted and not one.ended for one in job.decodings):
-                for one in job.decodings:
-                    if one.unwanted and not one.ended:
-                        one.ended = True
-                        self._retire(one)
-                self._end_if_done(job)
+                self._finish_unwanted(job)
+
+    def _finish_unwanted(self, job: Job) -> None:
+        for one in job.decodings:
+            if one.unwanted and not one.ended:
+                one.ended = True
+                heir = next((other for other in job.decodings if not other.ended), None)
+                if heir is not None and not one.drawn and one in self._waiting:  # the prompt is read for the others
+                    heir.state, one.state, heir.held_since = one.state, None, one.held_since
+                    self._waiting[self._waiting.index(one)] = heir
+                self._retire(one)
+        self._end_if_done(job)
 
     def _accept(self) -> None:
         while self._submitted:
@@ -157,7 +164,8 @@ class Scheduler:
         if state is None:
             return False
         one.state, one.held_since = state, now
-        if not one.drawn:
+        if not one.job.begun:
+            one.job.begun = True
             one.job.timings.queued_s = now - one.job.arrived
             one.job.timings.cached_tokens = state.length
         return True
@@ -167,11 +175,8 @@ class Scheduler:
 
     def _free_state(self, waiting: Decoding, now: float) -> bool:
         """Take a state from somebody: who can go on in a row loses nothing, others wait with what they have drawn."""
-        # In a row nothing is drafted, so those first to whom that means least.
-        for one in sorted(self._decoding, key=lambda one: one.job.timings.drafted_tokens):
-            if one.state is not None and self._stepper.to_row(one):
-                self._release(one)
-                return True
+        if self.make_room():
+            return True
         holders = [one for one in (*self._decoding, *self._waiting) if one.state is not None]
         victim = self._policy.victim(holders, waiting, now, QUANTUM_S)
         if victim is None:
@@ -180,6 +185,15 @@ class Scheduler:
             self._swap_out(victim, now)
         self._release(victim)
         return True
+
+    def make_room(self) -> bool:
+        """Take a state from somebody who loses nothing by it; False when there is nobody."""
+        # In a row nothing is drafted, so those first to whom that means least.
+        for one in sorted(self._decoding, key=lambda one: one.job.timings.drafted_tokens):
+            if one.state is not None and self._stepper.to_row(one):
+                self._release(one)
+                return True
+        return False
 
     def _swap_out(self, one: Decoding, now: float) -> None:
         """Let it wait until it can go on; all that it has read is remembered."""
@@ -223,16 +237,14 @@ class Scheduler:
         self._policy.note_read(reader, self._decoding, now - started, now)
         if logits is not None:
             self._waiting.remove(reader)
-            self._begin_answers(job, logits)
+            self._begin_answers(reader, logits)
         elif not first and state.length == len(reader.ids) - 1:
             self._waiting.remove(reader)
             self._decoding.append(reader)
 
-    def _begin_answers(self, job: Job, logits: Logits) -> None:
+    def _begin_answers(self, reader: Decoding, logits: Logits) -> None:
         """Draw the first token of each answer from what the model says after the prompt."""
-        started = self._clock()
-        reader = job.decodings[0]
-        state = reader.state
+        started, job, state = self._clock(), reader.job, reader.state
         assert state is not None
         for one in job.decodings:
             if not one.ended:

@@ -7,7 +7,7 @@ import pytest
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
-from lsp_agent.engine.costs import StepCosts
+from lsp_agent.engine.costs import PromptCosts, StepCosts
 from lsp_agent.engine.request import INTERACTIVE, ORDINARY, Request, Step
 from lsp_agent.engine.scheduler import Scheduler
 from lsp_agent.errors import Cancelled, PromptTooLong, UserError
@@ -158,6 +158,22 @@ def test_an_answer_can_be_ended_before_its_time(engine):
     assert len(two.tokens(0)) == 30 and len(two.tokens(1)) == 5
 
 
+@pytest.mark.parametrize("finished", [(0,), (1,), (0, 1), (0, 1, 2)])
+def test_answers_can_be_ended_before_the_prompt_is_read(engine, monkeypatch, finished):
+    monkeypatch.setattr(PromptCosts, "tokens_for", lambda *_: 64)
+    sampling = Sampling(max_tokens=6, temperature=1.0, seed=3)
+    expected = alone(engine, prompt(4, 200), sampling=sampling, n=3)
+    engine.prefixes.clear()
+    three = Asked(engine, prompt(4, 200), sampling=sampling, n=3)
+    engine.scheduler.advance()
+    for index in finished:
+        three.generation.finish(index)
+    run(engine)
+    assert three.end is None
+    for index in range(3):
+        assert three.tokens(index) == ([] if index in finished else expected.tokens(index))
+
+
 def test_one_request_s_error_is_its_own(engine):
     class Broken:
         def __init__(self):
@@ -303,6 +319,20 @@ def test_where_states_are_few_an_urgent_request_is_served_and_nothing_is_read_tw
     assert few.prefixes.stats().taken == 0
     # Prompts are read once each; a piece of one token is a step.
     assert sum(length for length in read if length > 1) <= 25 + 2 * 30
+
+
+def test_room_can_be_made_for_other_work(engine):
+    expected = alone(engine, prompt(1, 30), 20).tokens()
+    few = Few(engine, 1, 4)
+    asked = Asked(few, prompt(1, 30), 20)
+    run(few, lambda: len(asked.steps) > 3)
+    assert few.prefixes.empty() is None
+    assert few.scheduler.make_room()
+    state = few.prefixes.empty()
+    assert state is not None and not few.scheduler.make_room()
+    run(few)
+    few.prefixes.release(state)
+    assert asked.tokens() == expected
 
 
 def test_an_answer_that_outgrows_its_row_goes_on(engine):

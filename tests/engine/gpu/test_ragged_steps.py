@@ -29,14 +29,14 @@ def step(decoder, batch, rows):
 
 def test_rows_of_different_lengths_step_as_single_sequences_do(decoder, monkeypatch):
     """Two, then three, then two again, of which one has moved, and no run is captured twice."""
-    wanted = [decoder.read(tokens[:30], decoder.new_state()) for tokens in TOKENS]
+    wanted = [decoder.read(tokens[:19], decoder.new_state()) for tokens in TOKENS]
     states = [decoder.new_state() for _ in TOKENS]
-    for tokens, state, length in zip(TOKENS, states, (3, 17, 9), strict=True):
+    for tokens, state, length in zip(TOKENS, states, (2, 9, 5), strict=True):
         decoder.read(tokens[:length], state)
     captures = []
     captured = decoder.device.captured
     monkeypatch.setattr(decoder.device, "captured", lambda *run: captures.append(run) or captured(*run))
-    batch = Batch(decoder.states, 32, 3, decoder.device)
+    batch = Batch(decoder.states, 20, 3, decoder.device)
     found = {owner: {} for owner in range(3)}
 
     def take(steps):
@@ -53,7 +53,7 @@ def test_rows_of_different_lengths_step_as_single_sequences_do(decoder, monkeypa
     batch.leave(batch.find(0))  # the last takes its place
     take(3)
     states[0].truncate(0)
-    decoder.read(TOKENS[0][:8], states[0])
+    decoder.read(TOKENS[0][:7], states[0])
     batch.join(0, states[0])
     take(2)
     for owner, rows in found.items():

@@ -190,7 +190,7 @@ class Scheduler:
         """Take a state from somebody who loses nothing by it; False when there is nobody."""
         # In a row nothing is drafted, so those first to whom that means least.
         for one in sorted(self._decoding, key=lambda one: one.job.timings.drafted_tokens):
-            if one.state is not None and self._stepper.to_row(one):
+            if one.state is not None and self._stepper.to_row(one, one.state):
                 self._release(one)
                 return True
         return False
@@ -251,7 +251,7 @@ class Scheduler:
                 job.give(one.draw(logits))
                 if not one.ended and one is not reader:
                     # Rows are copied from the one state now; those without wait for a state of their own.
-                    (self._decoding if self._stepper.fork(one, state) else self._waiting).append(one)
+                    (self._decoding if self._stepper.to_row(one, state) else self._waiting).append(one)
         job.timings.decode_s += self._clock() - started
         if reader.ended:
             self._retire(reader)

@@ -44,23 +44,18 @@ class Stepper:
         together = [one for one in decoding if not drafts[id(one)]]
         rows = self._take_rows(together)
         for one in decoding:
+            if one.ended:
+                continue  # with another answer of its request, which failed
             if drafts[id(one)]:
                 yield from self._guarded(one, partial(self._verify, draft=drafts[id(one)]), emit)
             elif id(one) not in rows:
                 yield from self._guarded(one, self._single, emit)
-        if rows:
-            yield from self._together([one for one in together if id(one) in rows], list(rows.values()), emit)
+        if left := [one for one in together if id(one) in rows and not one.ended]:
+            yield from self._together(left, [rows[id(one)] for one in left], emit)
 
-    def in_row(self, one: Decoding) -> bool:
-        """Whether a row holds its tokens."""
-        return self._row(one) is not None
-
-    def to_row(self, one: Decoding) -> bool:
-        """Let a row hold its tokens, all of them, so that it can do without its state; False where there is no room."""
-        return self._join(one, one.state) is not None
-
-    def fork(self, one: Decoding, source: State) -> bool:
-        """Let a row hold what `source` has read for a decoding that has no state; False where there is no room."""
+    def to_row(self, one: Decoding, source: State) -> bool:
+        """Let a row hold all its tokens, of which `source` has read those that no row holds yet, so that it can do
+        without a state; False where there is no room."""
         return self._join(one, source) is not None
 
     def sync(self, one: Decoding) -> None:
@@ -211,10 +206,11 @@ class Stepper:
             yield from self._failed(decoding, error)
             return
         self._costs.note(len(taken), self._clock() - started)
-        stepping = {id(one) for one in decoding}
-        for row, said in zip(taken, logits, strict=True):
-            if id(row.owner) in stepping:
-                row.length += 1
+        stepped = [(row, said) for row, said in zip(taken, logits, strict=True) if any(row is one for one in rows)]
+        for row, _ in stepped:
+            row.length += 1
+        for row, said in stepped:
+            if not row.owner.ended:  # with another answer of its request, which failed
                 yield from self._guarded(row.owner, partial(self._draw, logits=said), emit)
 
     def _draw(self, one: Decoding, emit: Emit, logits: Logits) -> None:

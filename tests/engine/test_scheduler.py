@@ -204,6 +204,45 @@ def test_one_request_s_error_is_its_own(engine):
     assert kept.end is None and kept.tokens() == expected
 
 
+def test_an_answer_s_error_ends_all_of_its_request(engine, monkeypatch):
+    expected = alone(engine, prompt(1, 30), 12).tokens()
+    kept = Asked(engine, prompt(1, 30), 12, drafting=False)
+    sampling = Sampling(max_tokens=12, temperature=1.0, seed=1)
+    failed = Asked(engine, prompt(2, 30), sampling=sampling, n=3, prediction=[5] * 9)
+    run(engine, lambda: len(failed.steps) >= 6)
+    first = failed.generation._job.decodings[0]
+    monkeypatch.setattr(first, "propose", lambda *_: [5, 5])  # it is verified alone, before the others step
+
+    def fail(*_):
+        raise RuntimeError("that went wrong")
+
+    monkeypatch.setattr(engine._decoder, "verify", fail)
+    run(engine)
+    assert str(failed.end) == "that went wrong" and kept.end is None
+    assert kept.tokens() == expected
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_an_answer_that_fails_in_a_common_step_takes_nothing_from_the_others(engine, monkeypatch, index):
+    sampling = Sampling(max_tokens=12, temperature=1.0, seed=1)
+    expected = [alone(engine, prompt(seed, 30), 20).tokens() for seed in (1, 2)]
+    engine.prefixes.clear()
+    before = Asked(engine, prompt(1, 30), 20)
+    run(engine, lambda: len(before.steps) > 2)
+    failed = Asked(engine, prompt(3, 20), sampling=sampling, n=3)  # rows between those of the others
+    run(engine, lambda: failed.steps)
+    after = Asked(engine, prompt(2, 30), 20)
+    run(engine, lambda: len(after.steps) > 2)
+
+    def fail(logits):
+        raise UserError("This format is too complex.")
+
+    monkeypatch.setattr(failed.generation._job.decodings[index], "draw", fail)
+    run(engine)
+    assert isinstance(failed.end, UserError)
+    assert before.tokens() == expected[0] and after.tokens() == expected[1]
+
+
 def test_a_consumer_s_error_is_its_own(engine):
     expected = alone(engine, prompt(1, 30), 10).tokens()
     kept = Asked(engine, prompt(1, 30), 10)

@@ -21,8 +21,8 @@ async def score(host: EngineHost, engine: Engine, asked: Request) -> Scoring:
     scoring = engine.scoring(asked.prompt, asked.cancel, asked.top)
     try:
         while not scoring.done:
-            done = await host.call(engine, scoring.advance)
-            if not done and not await host.call(engine, engine.scheduler.make_room):
+            advanced = await host.call(engine, scoring.advance)
+            if not advanced and not await host.call(engine, engine.scheduler.make_room):
                 await asyncio.sleep(FULL_POLL_S)
     finally:
         await asyncio.shield(host.call(engine, scoring.close))

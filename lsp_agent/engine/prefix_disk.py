@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import stat
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _MAGIC = b"lsp-agent prefix 1\n"
 _SUFFIX = ".prefix"
+UNUSED_S = 30 * 86400
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -63,6 +65,7 @@ class PrefixDisk:
         folder.chmod(0o700)
         self._lock = FileLock(folder / "lock", timeout=0, mode=0o600)
         self._lock.acquire()
+        os.utime(folder / "lock")
         self.used = 0
 
     def found(self) -> Iterator[Stored]:
@@ -182,11 +185,26 @@ def open_disk(package: Path, graph: str, specs: Sequence[StateSpec], limit: int)
     about = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     key = [_MAGIC.decode(), graph, ort.__version__, [str(spec) for spec in specs], str(package.resolve()), about]
     name = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
+    folder = cache_dir() / "prefixes"
     try:
-        return PrefixDisk(cache_dir() / "prefixes" / name, specs, limit)
+        opened = PrefixDisk(folder / name, specs, limit)
+        _remove_unused(folder)
+        return opened
     except (OSError, Timeout) as error:
         log.warning("Past prompts are not kept on disk: %s", error)
         return None
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove what no engine has opened for `UNUSED_S`: of models that are gone, or run otherwise now."""
+    for lock in folder.glob("*/lock"):
+        if time.time() - lock.stat().st_mtime > UNUSED_S:
+            with suppress(Timeout, OSError), FileLock(lock, timeout=0):
+                for path in lock.parent.iterdir():
+                    if path != lock:
+                        path.unlink()
+                lock.unlink()
+                lock.parent.rmdir()
 
 
 def _arrays(shapes: Shapes, memory: HostMemory) -> tuple[Arrays, bool]:

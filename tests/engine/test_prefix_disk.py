@@ -1,5 +1,6 @@
 """What past prompts leave on disk survives a restart, within bounds, private, and only for the same model and graph."""
 
+import os
 import stat
 import sys
 
@@ -195,6 +196,21 @@ def test_each_model_and_graph_has_its_own_files(tmp_path, monkeypatch, decoder_o
     (package / "weights.bin").write_bytes(b"123")
     assert len({first, *others, folder()}) == 4
     assert open_disk(package, "cpu fast", specs, 0) is None
+
+
+def test_folders_that_nobody_opens_any_more_are_removed(tmp_path, monkeypatch, decoder_of):
+    monkeypatch.setenv("LSP_AGENT_CACHE_DIR", str(tmp_path))
+    specs = decoder_of(ATTENTION).states
+    (tmp_path / "package").mkdir()
+    old, used, recent = (open_disk(tmp_path / "package", graph, specs, 1 << 20) for graph in ("old", "used", "recent"))
+    for disk in (old, used):
+        (disk._folder / "1.prefix").write_bytes(b"1")
+        os.utime(disk._folder / "lock", (1, 1))
+    old.close()
+    recent.close()
+    open_disk(tmp_path / "package", "new", specs, 1 << 20).close()
+    assert not old._folder.exists()
+    assert (used._folder / "1.prefix").exists() and recent._folder.exists()
 
 
 def test_a_folder_that_cannot_be_used_is_done_without(tmp_path, monkeypatch, decoder_of, caplog):

@@ -247,8 +247,8 @@ def function_grammar(header: str) -> str:
     for c, k, many, some, strings in (
         ("o", "i", _MANY, _SOME, _STRINGS.substitute(c="o", C="O", W=_SOME)),
         ("i", "i", f"{inside}*", f"{inside}+", _STRINGS.substitute(c="i", C="I", W=f"{inside}+")),
-        ("d", "d", " {0,9}", " {1,9}", rf"/'[^'\"\\{{}}#{_PLAIN}]*'/"),
-        ("s", "s", " {0,9}", " {1,9}", rf"/\"[^'\"\\{{}}#{_PLAIN}]*\"/"),
+        ("d", "d", " {0,9}", " {1,9}", rf"/'[^'\"\\{_PLAIN}]*'/"),
+        ("s", "s", " {0,9}", " {1,9}", rf"/\"[^'\"\\{_PLAIN}]*\"/"),
     ):
         outside_fields = c in "oi"
         expressions = _EXPRESSIONS.substitute(

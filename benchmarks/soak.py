@@ -1,6 +1,6 @@
 """Four editor windows and two command-line runs share one engine for some minutes: errors, starvation, steady memory.
 
-    python benchmarks/soak.py [--minutes 10] [--model qwen2.5-coder-0.5b] [--json OUT.json]
+    python benchmarks/soak.py [--minutes 10] [--model qwen2.5-coder-0.5b] [--threads 1] [--json OUT.json]
 
 Each window is a real `lsp-agent serve`, driven over its standard input and output as an editor does, on its own copy
 of the example project with a bug of its own: it edits, asks for a fix, and takes back what was changed, over and over.
@@ -234,8 +234,8 @@ def guarded(client: Client) -> Iterator[None]:
         client.errors.append(f"{type(error).__name__}: {str(error)[:600]}")
 
 
-def soak(folder: Path, minutes: float, model: str) -> dict[str, Any]:
-    """Run all clients and watch the engine."""
+def soak(folder: Path, minutes: float, model: str, threads: int | None) -> dict[str, Any]:
+    """Run all clients and watch the engine, which the first of them starts unless `threads` are asked for."""
     environment = {
         "LSP_AGENT_RUNTIME_DIR": str(folder / "run"),
         "LSP_AGENT_STATE_DIR": str(folder / "state"),
@@ -251,6 +251,10 @@ def soak(folder: Path, minutes: float, model: str) -> dict[str, Any]:
         maker = [sys.executable, str(ROOT / "examples" / "make_buggy.py"), bug, str(client.root)]
         subprocess.run(maker, check=True, capture_output=True)
         clients.append(client)
+    program = [sys.executable, "-m", "lsp_agent", "engine"]
+    if threads is not None:
+        start = [*program, "start", "--threads", str(threads)]
+        subprocess.run(start, env={**os.environ, **environment}, check=True, capture_output=True)
     began = time.monotonic()
     end = began + 60 * minutes
 
@@ -269,8 +273,7 @@ def soak(folder: Path, minutes: float, model: str) -> dict[str, Any]:
         threads[0].join(SAMPLE_EVERY_S)
         if not threads[0].is_alive():
             time.sleep(min(SAMPLE_EVERY_S, max(0.5, end - time.monotonic())))
-    stop = [sys.executable, "-m", "lsp_agent", "engine", "stop"]
-    subprocess.run(stop, env={**os.environ, **environment}, capture_output=True, check=False, timeout=120)
+    subprocess.run([*program, "stop"], env={**os.environ, **environment}, capture_output=True, check=False, timeout=120)
     logs = "".join(p.read_text("utf-8", "replace") for p in (folder / "state" / "logs").glob("*"))
     errors = [f"the engine's log: {line}" for line in logs.splitlines() if " ERROR " in line or "Traceback" in line]
     pids = [s["pid"] for s in watch.samples if s["pid"]]
@@ -305,10 +308,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--model", default="qwen2.5-coder-0.5b")
+    parser.add_argument("--threads", type=int, help="Threads of the engine (default: its own choice).")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-", ignore_cleanup_errors=True) as folder:
-        report = soak(Path(folder), given.minutes, given.model)
+        report = soak(Path(folder), given.minutes, given.model, given.threads)
     if given.json:
         given.json.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
     print("| client | fixes (green) | requests | prompt (cached) | answer | median s | longest s | errors |")

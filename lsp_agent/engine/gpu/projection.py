@@ -19,10 +19,6 @@ MOST_WARPS = 24
 """A block of so many still has 80 registers a thread."""
 MOST_PASSES = 2
 """Items of a warp of a large block."""
-TILE_ROWS, TILE_BUFFER, TILE_WARPS = 8, 4, 16
-"""On the tensor cores: rows of an item, pieces of 16 bytes that a lane holds, and most warps of a block."""
-FEWEST_FOR_TENSOR_CORES = 3
-"""Tokens from which on the tensor cores multiply."""
 MULTIPROCESSORS = 132
 """Of an H100; other cards lose little by a grid that was sized for it."""
 
@@ -126,32 +122,17 @@ def project(
     reason = _unsupported(prologue, segments, columns, batch)
     if reason:
         raise ValueError(reason)
-    tensor_cores = tuning is None and _suits_tensor_cores(segments, columns, batch)
-    padding, split = 0, 1
-    if tensor_cores:
-        tuning, padding = Tuning(TILE_BUFFER, TILE_WARPS), _padding(columns)
-        at_once = [TILE_ROWS] * len(segments)
-        items = sum(-(-segment.rows // TILE_ROWS) for segment in segments)
-        while 2 * split * items <= multiprocessors * tuning.warps and 2 * split <= tuning.warps:
-            split *= 2
-        most_blocks = multiprocessors
-        teams = min(tuning.warps // split, -(-items // most_blocks))
-        warps = split * teams
-    else:
-        tuning = tuning or _tuning(segments, columns, batch, multiprocessors)
-        at_once = [_rows_at_once(segment, columns, batch, tuning.buffer) for segment in segments]
-        items = _items(segments, columns, batch, tuning.buffer)
-        most_blocks = tuning.blocks or multiprocessors
-        warps = min(tuning.warps, max(2, -(-items // most_blocks)))
-    blocks = min(most_blocks, -(-items * split // warps))
+    tuning = tuning or _tuning(segments, columns, batch, multiprocessors)
+    at_once = [_rows_at_once(segment, columns, batch, tuning.buffer) for segment in segments]
+    items = _items(segments, columns, batch, tuning.buffer)
+    most_blocks = tuning.blocks or multiprocessors
+    warps = min(tuning.warps, max(2, -(-items // most_blocks)))
+    blocks = min(most_blocks, -(-items // warps))
     macros = {
         "BATCH": batch,
         "COLUMNS": columns,
         "THREADS": WARP * warps,
         "BLOCKS": blocks,
-        "TENSOR_CORES": int(tensor_cores),
-        "SPLIT": split,
-        "PADDING": padding,
         "BUFFER": tuning.buffer,
         "TERMS": tuning.terms,
         "OUT_HALF": int(out_half),
@@ -168,28 +149,8 @@ def project(
             f"AT_ONCE_{i}": rows,
         }
     described = {name: str(value) for name, value in macros.items()} | _prologue_macros(prologue)
-    shared = 16 * batch * (_places(columns) + padding)
+    shared = 16 * batch * (-(-columns // GROUP // 4) * 4)
     return Launch("project", tuple(described.items()), (blocks, 1, 1), (WARP * warps, 1, 1), shared)
-
-
-def _places(columns: int) -> int:
-    """16-byte places of a token's activations in shared memory."""
-    return -(-columns // GROUP // 4) * 4
-
-
-def _padding(columns: int) -> int:
-    """Places between two tokens, so that eight lanes that read four of each meet no bank twice."""
-    return (2 - _places(columns)) % 8
-
-
-def _suits_tensor_cores(segments: Sequence[Segment], columns: int, batch: int) -> bool:
-    """Whether they multiply: from a number of tokens on, codes in rows, without corrections."""
-    shared = 16 * batch * (_places(columns) + _padding(columns)) + TILE_WARPS * WARP * 8
-    return (
-        batch >= FEWEST_FOR_TENSOR_CORES
-        and shared <= MOST_SHARED
-        and all(not segment.corrections and (segment.bits != 16 or segment.rows == 1) for segment in segments)
-    )
 
 
 def embed(hidden: int, batch: int, dtype: Literal["float16", "bfloat16", "float32"]) -> Launch:

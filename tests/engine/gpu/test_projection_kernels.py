@@ -125,25 +125,6 @@ def test_any_number_of_columns(columns: int, batch: int) -> None:
     check_project(Plain(), [Segment(7, 4), Segment(7, 8), Segment(1, 16)], columns, batch)
 
 
-TILED = [
-    # segments, columns, multiprocessors
-    ([Segment(40, 4, 64, True), Segment(9, 8, 32, True, True), Segment(1, 16)], 384, 3),  # 16 warps share an item
-    ([Segment(100, 4, 16, False, True), Segment(30, 8, 16)], 1056, 3),  # two; a step that ends beyond the row
-    ([Segment(500, 4, 32, True), Segment(33, 8, 64)], 1024, 3),  # several items a warp, several tiles an item
-    ([Segment(7, 4)], 32, 1),  # a chunk a row
-]
-
-
-@pytest.mark.parametrize("order", KERNELS)
-@pytest.mark.parametrize(("case", "batch"), thinned(product(range(4), (3, 4, 5, 8)), [(0, 8), (1, 3), (2, 4), (3, 8)]))
-def test_several_tokens_on_the_tensor_cores(case: int, batch: int, order: str) -> None:
-    segments, columns, multiprocessors = TILED[case]
-    launch = project(Plain(), segments, columns, batch, multiprocessors=multiprocessors)
-    assert dict(launch.macros)["TENSOR_CORES"] == "1"
-    assert dict(launch.macros)["SPLIT"] == ("4", "2", "1", "16")[case]
-    check_project(Plain(), segments, columns, batch, bias=True, order=order, multiprocessors=multiprocessors)
-
-
 def test_floats_need_no_blocks() -> None:
     check_project(Plain(), [Segment(5, 16), Segment(1, 16)], 72, 3)
 

@@ -8,8 +8,8 @@ from emulator import EmulatedKernels
 from lsp_agent.engine.batch import Batch
 
 TOKENS = np.random.RandomState(11).randint(0, 256, (3, 40)).tolist()
-CLOSE = 5e-3
-"""Of the largest logit: how sums are split and rounded differs from single steps."""
+CLOSE = 2e-3
+"""Of the largest logit: only how sums are split differs from single steps."""
 
 
 @pytest.fixture(scope="module")

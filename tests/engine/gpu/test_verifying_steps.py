@@ -12,8 +12,8 @@ from lsp_agent.engine.gpu.step_builder import NoKernel
 from lsp_agent.engine.gpu.steps import StepRunner
 
 TOKENS = np.random.RandomState(7).randint(0, 256, 24).tolist()
-CLOSE = 5e-3
-"""Of the largest logit: how sums are split and rounded differs from single steps."""
+CLOSE = 2e-3
+"""Of the largest logit: only how sums are split differs from single steps."""
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,7 @@ constexpr int GROUP = 8;
 constexpr int GROUPS = COLUMNS / GROUP; // of one token
 static_assert(COLUMNS % GROUP == 0, "columns come in groups of 8");
 
-// Of one token in shared memory; PADDING more keep those that are read of several tokens at once in different banks.
-constexpr int PLACES = (GROUPS + 3) / 4 * 4 + PADDING;
+constexpr int PLACES = (GROUPS + 3) / 4 * 4; // of one token in shared memory
 
 // Where a token's group lies: moved within its eighth so that lanes that read every second or fourth group, as they do
 // beside 16 bytes of codes, meet no bank twice.

@@ -23,11 +23,7 @@ struct Segment {
     static constexpr int values = 128 / BITS, chunks = COLUMNS / values; // of a chunk; of a row
     static constexpr int each = (chunks + WARP - 1) / WARP;              // chunks of a row for each lane
     static constexpr int held = BITS == 16 && ROWS > 1 ? 0 : each < BUFFER / AT_ONCE ? each : BUFFER / AT_ONCE;
-    // On the tensor cores a step is four chunks of a row; the warps of a team take steps in turn.
-    static constexpr int steps = (chunks + 3) / 4, turns = (steps + SPLIT - 1) / SPLIT;
-    static constexpr int tiles = TENSOR_CORES ? (turns + BUFFER - 1) / BUFFER
-                                 : by_columns ? 1
-                                              : (each + (held ? held : 1) - 1) / (held ? held : 1);
+    static constexpr int tiles = by_columns ? 1 : (each + (held ? held : 1) - 1) / (held ? held : 1);
     static constexpr bool exact = tiles * held * WARP == chunks; // no lane ever lies beyond the row
     static constexpr int blocks = BITS == 16 ? 1 : COLUMNS / BLOCK;
     static constexpr int scales = BITS == 16 ? 0 : values > BLOCK ? values / BLOCK : 1; // of a chunk
@@ -40,7 +36,7 @@ struct Segment {
     static constexpr int first_item = FIRST_ITEM, last_item = FIRST_ITEM + (ROWS + AT_ONCE - 1) / AT_ONCE;
     static_assert(BITS == 16 || COLUMNS % BLOCK == 0, "rows are whole blocks");
     static_assert(by_columns || COLUMNS % values == 0, "rows are whole chunks");
-    static_assert(TENSOR_CORES || by_columns || AT_ONCE <= BUFFER, "a warp holds a chunk of each row");
+    static_assert(by_columns || AT_ONCE <= BUFFER, "a warp holds a chunk of each row");
 };
 
 #define SEGMENT(s, row, item)                                                                                          \
@@ -64,7 +60,7 @@ typedef SEGMENT(3, ROWS_0 + ROWS_1 + ROWS_2, Segment2::last_item) Segment3;
 #endif
 
 constexpr int ITEMS = LAST::last_item, ALL_ROWS = LAST::first_row + LAST::rows;
-constexpr int WARPS = THREADS / WARP, STRIDE = WARPS / SPLIT * BLOCKS;
+constexpr int WARPS = THREADS / WARP, STRIDE = WARPS * BLOCKS;
 
 // `call(Segment, weights)` for the segment of an item, the same for a whole warp.
 #if SEGMENTS == 1

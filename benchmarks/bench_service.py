@@ -11,7 +11,8 @@ loopback, streamed, greedily, and for exactly as many tokens (`ignore_eos`). No 
 - turns: four conversations that grow at the same time, by tools' results of about 200 tokens and answers of 32. Tokens
   read again are those of the turn before that the server did not find in its cache (all but the last, which was drawn
   but never read).
-- urgent: two long answers, and each second a request at the cursor, answered with 16 tokens.
+- urgent: two long answers, and each second a request at the cursor, answered with 16 tokens; where an answer takes
+  longer, the next is asked for after it.
 
 Medians and 95th percentiles over all requests of all rounds. What others did on the machine is measured, too.
 """
@@ -154,15 +155,14 @@ async def urgent(server: Server, prompts: list[str], code: str) -> tuple[list[As
     """Two long answers while somebody types: the long ones, and those at the cursor."""
     bodies = [chat([user(f"Explain each line of this code.\n```python\n{p}\n```")], LONG_ANSWER) for p in prompts]
     long = [asyncio.create_task(ask(server, "chat/completions", body)) for body in bodies]
-    tasks: list[asyncio.Task[Asked]] = []
     at = len(code) // 2
-    while not all(task.done() for task in long):
-        await asyncio.wait(long, timeout=URGENT_EVERY_S, return_when=asyncio.ALL_COMPLETED)
-        if any(task.done() for task in long):
-            break  # from here on there is less beside them
+    told: list[Asked] = []
+    while not any(task.done() for task in long):  # from then on there is less beside them
         at += 3  # what is before the cursor has grown
-        tasks.append(asyncio.create_task(ask(server, "completions", _at_cursor(server, code[:at], code[at:]))))
-    return await asyncio.gather(*long), await asyncio.gather(*tasks)
+        pause = asyncio.create_task(asyncio.sleep(URGENT_EVERY_S))
+        told.append(await ask(server, "completions", _at_cursor(server, code[:at], code[at:])))
+        await pause
+    return await asyncio.gather(*long), told
 
 
 def _at_cursor(server: Server, prefix: str, suffix: str) -> dict[str, Any]:
@@ -258,7 +258,14 @@ async def measure(servers: list[Server], rounds: int, only: set[str]) -> dict[st
         asked.setdefault((scenario, server.name), []).extend(done)
         rate = sum(one.completion for one in [*rest, *done]) / seconds
         rates.setdefault((scenario, server.name), []).append(rate)
-        print(f"  {scenario:<10} {server.name:<10} {seconds:6.1f} s  {rate:6.1f} tokens/s", file=sys.stderr, flush=True)
+        first = statistics.median(one.first_s for one in done)
+        again = sum(one.message.get("again", 0) for one in done)
+        print(
+            f"  {scenario:<8} {server.name:<10} {seconds:6.1f} s  {rate:5.1f} tokens/s, first token {first:.2f} s, "
+            f"{len(done)} requests, {again} tokens read again, others {busy.others[-1]:.2f} cores",
+            file=sys.stderr,
+            flush=True,
+        )
 
     for server in servers:  # the first request of all pays for memory and caches
         await load(server, [texts.take(PROMPT_CHARACTERS)])

@@ -63,7 +63,7 @@ def start(
         main([*options, *(["--load"] if model else [])], foreground=True)
         return
     here, cancel = place(), CancelToken()
-    new = not here.listens() and launch.start(here, cancel, options)
+    new = here.running() is None and launch.start(here, cancel, options)
     about = launch.ensure(here, cancel)
     if not new and options and not (len(options) == 1 and model):
         raise UserError(

@@ -34,7 +34,7 @@ def evaluate() -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
 @click.option("--baseline", type=click.Choice(["single-shot"]), help="Run the control instead of the agent.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the results: a second run goes on there.")
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Tasks at once, which share the engine.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Tasks at once, on one engine.")
 def humanevalfix(
     file: Path,
     limit: int | None,

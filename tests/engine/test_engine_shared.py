@@ -370,12 +370,12 @@ def test_a_client_that_comes_while_the_engine_leaves_gets_the_next(
 # The command
 
 
-def command(*arguments: str) -> str:
-    """What `lsp-agent engine …` prints."""
+def command(*arguments: str, code: int = 0) -> str:
+    """What `lsp-agent engine …` prints; on standard error where it fails."""
     run = [sys.executable, "-m", "lsp_agent", "engine", *arguments]
     done = subprocess.run(run, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.returncode == code, done.stderr
+    return done.stderr if code else done.stdout
 
 
 def test_the_command_starts_shows_and_stops_it(package: Path, pool: ThreadPoolExecutor) -> None:
@@ -398,6 +398,7 @@ def test_the_command_starts_shows_and_stops_it(package: Path, pool: ThreadPoolEx
     assert (mine["placement"], mine["context_length"], mine["answered"]) == ("cpu", 8192, 1)
     assert mine["cache"]["requests"] == 1 and mine["queue"]["running"] == 0
     assert "mine on cpu" in command("status")
+    assert "runs already, with other options" in command("start", "--threads", "1", code=2)
     assert "has stopped" in command("stop")
     assert launch.gone(about)
     assert "does not run" in command("stop")

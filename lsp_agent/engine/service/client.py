@@ -21,8 +21,8 @@ from lsp_agent.errors import EngineStopping, UserError
 
 LOST_GPU_S = 10.0
 """How long an engine whose GPU was lost takes to end, at most."""
-DYING_S = 2.0
-"""Longer than a process takes to die; one that lives on broke a connection for another reason."""
+DYING_S = 30.0
+"""Longer than a process takes to die, also on a busy machine."""
 MOST_DEATHS = 2
 CLIENT = f"{os.getpid()}-{secrets.token_hex(4)}"
 """This process among the engine's clients, between whom it is fair."""
@@ -85,7 +85,9 @@ class EngineEndpoint:
         if not isinstance(failure, Reply):
             # While a killed process is taken down, its socket may still take connections, only to break them.
             if attempt == 0:
-                launch.wait_until(lambda: launch.gone(about), DYING_S)
+                launch.wait_until(
+                    lambda: launch.gone(about) or control_client.status(self._place, about) is not None, DYING_S
+                )
             return attempt == 0
         if failure.code == EngineStopping.code:
             self._leaving = about

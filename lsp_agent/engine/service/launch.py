@@ -28,7 +28,7 @@ def ensure(place: Place, cancel: CancelToken, options: Sequence[str] = ()) -> Ab
     """The running engine, started with `options` if there is none. Raises `UserError` and `Cancelled`."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
-        if place.listens() and (about := place.about()) is not None:
+        if (about := place.running()) is not None:
             return about
         cancel.raise_if_cancelled()
         if time.monotonic() > deadline:

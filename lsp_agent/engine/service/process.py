@@ -110,7 +110,7 @@ def _lock(here: Place) -> FileLock | None:
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            return here.listens()
+            return here.running() is not None
         return True
 
     if not wait_until(decided, START_TIMEOUT_S):
@@ -144,6 +144,7 @@ def _be_engine(here: Place, options: argparse.Namespace, idle_seconds: float, sa
 
     async def run() -> int:
         host = EngineHost(catalog, threads=options.threads)
+        _take_signals(host)  # before anybody can find us, and end us
         with contextlib.ExitStack() as open_ones:
             listeners = {}
             port = options.tcp if HAS_UNIX_SOCKETS else options.tcp or 0
@@ -202,7 +203,6 @@ class _Serving:
 
     async def run(self) -> int:
         """Serve; returns the process's exit code."""
-        self._take_signals()
         tasks = [asyncio.create_task(http.serve(sockets=[listener])) for http, listener in self._listening]
         pause = min(0.2, self._idle_seconds / 4)
         while not (reason := self._reason()):
@@ -238,17 +238,14 @@ class _Serving:
         while self._busy and not self._host.leaving_now and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
 
-    def _take_signals(self) -> None:
-        """The first asks to finish and leave, the second to leave."""
-        loop = asyncio.get_running_loop()
 
-        def leave() -> None:
-            self._host.leave(now=self._host.stopping)
-
-        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            if hasattr(signal, name):
-                with contextlib.suppress(NotImplementedError):  # Windows
-                    loop.add_signal_handler(getattr(signal, name), leave)
+def _take_signals(host: EngineHost) -> None:
+    """The first asks to finish and leave, the second to leave."""
+    loop = asyncio.get_running_loop()
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            with contextlib.suppress(NotImplementedError):  # Windows
+                loop.add_signal_handler(getattr(signal, name), lambda: host.leave(now=host.stopping))
 
 
 def _listen_at(path: Path) -> socket.socket:

@@ -123,8 +123,13 @@ class Place:
             if path != self._about and about is not None and about.scope == self.scope and about.process is not None:
                 yield about
 
+    def running(self) -> About | None:
+        """The engine that can be asked here. One that is being killed is none, though its socket may still answer."""
+        about = self.about()
+        return about if about is not None and about.process is not None and self.listens() else None
+
     def listens(self) -> bool:
-        """Whether an engine can be reached here."""
+        """Whether something can be connected to here."""
         about = self.about()
         if about is not None and about.port and not HAS_UNIX_SOCKETS:
             with suppress(OSError), socket.create_connection(("127.0.0.1", about.port), timeout=5):

@@ -27,10 +27,10 @@ import numpy as np
 from drafting_tasks import Task
 
 from lsp_agent.chat_model import Sampling
-from lsp_agent.engine import decoding
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.request import Request
 from lsp_agent.engine.sampling import Logits, Sampler
+from lsp_agent.engine.scheduling import decoding
 from lsp_agent.models import store
 
 TURN = 24

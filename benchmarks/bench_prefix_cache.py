@@ -22,9 +22,9 @@ from lsp_agent.cancel import CancelToken
 from lsp_agent.engine.device import open_device
 from lsp_agent.engine.gpu.placement import Placement
 from lsp_agent.engine.package import Package
-from lsp_agent.engine.prefill import prefill
-from lsp_agent.engine.prefix_cache import PrefixCache
-from lsp_agent.engine.prefix_disk import open_disk
+from lsp_agent.engine.prefixes.cache import PrefixCache
+from lsp_agent.engine.prefixes.disk import open_disk
+from lsp_agent.engine.scheduling.prefill import prefill
 from lsp_agent.engine.session import Decoder
 from lsp_agent.engine.state import State
 

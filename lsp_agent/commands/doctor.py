@@ -76,7 +76,7 @@ def _backend() -> dict[str, Any] | None:
     backend = load_settings(None).backend
     if backend is None:
         return None
-    from lsp_agent.engine.service.backend import check, key_of
+    from lsp_agent.engine.remote.backend import check, key_of
 
     report: dict[str, Any] = {"url": backend.url, "model": backend.model, "key": "", "problem": ""}
     try:

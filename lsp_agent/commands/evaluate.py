@@ -127,7 +127,7 @@ def _model_name(model: str | None, backend: Backend | None) -> str:
     from lsp_agent.models.store import resolve
 
     if model is None and backend is not None:
-        from lsp_agent.engine.service.backend import check
+        from lsp_agent.engine.remote.backend import check
 
         return check(backend).name
     return model if model and model.startswith(SCRIPTED) else resolve(model).name

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from lsp_agent.cancel import CancelToken
-from lsp_agent.engine.batch import Batch
-from lsp_agent.engine.prefill import prefill
 from lsp_agent.engine.sampling import Logits
+from lsp_agent.engine.scheduling.batch import Batch
+from lsp_agent.engine.scheduling.prefill import prefill
 from lsp_agent.engine.session import Decoder
 
 WARM_UP = 8

@@ -12,19 +12,19 @@ from lsp_agent.chat_model import Message, Sampling, TokenScore, ToolSchema
 from lsp_agent.engine.architecture import ModelConfig
 from lsp_agent.engine.chat_prompt import ChatPrompt
 from lsp_agent.engine.device import CpuDevice, Device, DeviceChoice, open_device, requested_device
-from lsp_agent.engine.generation import Generation, OnStep
 from lsp_agent.engine.gpu.choice import Room, choose
 from lsp_agent.engine.gpu.errors import in_use_by
 from lsp_agent.engine.gpu.placement import PARALLEL, Placement
 from lsp_agent.engine.graph import Accuracy
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.plan import PARALLEL_CONTEXT
-from lsp_agent.engine.prefix_cache import PREFIX_SLOTS, PrefixCache
-from lsp_agent.engine.prefix_disk import open_disk
-from lsp_agent.engine.prefix_limits import disk_limit
+from lsp_agent.engine.prefixes.cache import PREFIX_SLOTS, PrefixCache
+from lsp_agent.engine.prefixes.disk import open_disk
+from lsp_agent.engine.prefixes.limits import disk_limit
 from lsp_agent.engine.prepacked import Progress
 from lsp_agent.engine.request import Request
-from lsp_agent.engine.scheduler import Scheduler
+from lsp_agent.engine.scheduling.generation import Generation, OnStep
+from lsp_agent.engine.scheduling.scheduler import Scheduler
 from lsp_agent.engine.scoring import Scoring
 from lsp_agent.engine.session import Decoder
 from lsp_agent.engine.tokens import Tokenizer

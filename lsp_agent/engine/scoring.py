@@ -12,7 +12,7 @@ from lsp_agent.engine.sampling import log_softmax
 from lsp_agent.errors import PromptTooLong
 
 if TYPE_CHECKING:
-    from lsp_agent.engine.prefix_cache import PrefixCache
+    from lsp_agent.engine.prefixes.cache import PrefixCache
     from lsp_agent.engine.session import Decoder
     from lsp_agent.engine.state import State
 

@@ -14,22 +14,22 @@ from lsp_agent.engine.architectures import architecture
 from lsp_agent.engine.cpu_graph import CpuGraph
 from lsp_agent.engine.decoder import EMBEDDING, build_decoder
 from lsp_agent.engine.device import Array, CpuDevice, CudaDevice, Device, bind_input, bind_output
+from lsp_agent.engine.drafting.replay import Replay
+from lsp_agent.engine.drafting.verification import Verified
 from lsp_agent.engine.embedding import Embedding
 from lsp_agent.engine.gpu.errors import out_of_memory
 from lsp_agent.engine.graph import Accuracy
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.prepacked import Progress, page_experts_in, read_in_huge_pages
-from lsp_agent.engine.replay import Replay
 from lsp_agent.engine.sampling import HostLogits, Logits
 from lsp_agent.engine.state import State
-from lsp_agent.engine.verification import Verified
 from lsp_agent.errors import Cancelled, UserError
 
 if TYPE_CHECKING:
-    from lsp_agent.engine.batch import Batch
     from lsp_agent.engine.gpu.placement import Placement
     from lsp_agent.engine.gpu.runtime import GpuRuntime
     from lsp_agent.engine.gpu.steps import StepRunner
+    from lsp_agent.engine.scheduling.batch import Batch
 
 CANCEL_POLL_S = 0.05
 MOST_VERIFIED = 32

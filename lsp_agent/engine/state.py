@@ -15,9 +15,9 @@ import numpy as np
 import onnxruntime as ort
 
 from lsp_agent.engine.device import Array, CpuDevice, Device, bind_input, bind_output
-from lsp_agent.engine.host_memory import HostMemory, Shapes
-from lsp_agent.engine.prefix_tree import shared_prefix
-from lsp_agent.engine.recurrent_copies import RecurrentCopies
+from lsp_agent.engine.prefixes.host_memory import HostMemory, Shapes
+from lsp_agent.engine.prefixes.recurrent_copies import RecurrentCopies
+from lsp_agent.engine.prefixes.tree import shared_prefix
 
 CHECKPOINT_EVERY = 2048
 """Tokens after which a recurrent state is remembered wherever it is: most that a branch has to read again."""

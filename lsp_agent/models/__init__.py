@@ -34,7 +34,7 @@ def open_model(
 
         return ScriptedModel(Path(name.removeprefix(SCRIPTED)))
     if name is None and backend is not None:
-        from lsp_agent.engine.service.backend import open_backend
+        from lsp_agent.engine.remote.backend import open_backend
 
         return open_backend(backend, cancel)
     from lsp_agent.engine.service.client import EngineModel

@@ -20,11 +20,11 @@ import openai
 import uvicorn
 
 from lsp_agent.chat_model import Message, ToolSchema
-from lsp_agent.engine.prefix_cache import CacheStats
+from lsp_agent.engine.api.admission import Admission
+from lsp_agent.engine.api.server import EngineServer, uvicorn_config
+from lsp_agent.engine.prefixes.cache import CacheStats
 from lsp_agent.engine.request import Request, Step, Timings
-from lsp_agent.engine.service.admission import Admission
 from lsp_agent.engine.service.host import EngineHost
-from lsp_agent.engine.service.server import EngineServer, uvicorn_config
 from lsp_agent.errors import Cancelled, UserError
 
 END = 0

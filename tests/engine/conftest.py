@@ -15,7 +15,7 @@ from tiny_hf import random_weights, write_hf_checkpoint
 from lsp_agent.config import Backend
 from lsp_agent.engine.checkpoints.importing import import_checkpoint
 from lsp_agent.engine.engine import Engine
-from lsp_agent.engine.service import backend
+from lsp_agent.engine.remote import backend
 
 
 @pytest.fixture(scope="session")

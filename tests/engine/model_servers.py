@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import ChatOptions, Completion, Message, Sampling, ToolSchema
-from lsp_agent.engine.service.openai_model import OpenAiModel
+from lsp_agent.engine.remote.openai_model import OpenAiModel
 
 Answer = Callable[[str, dict[str, Any]], Response]
 """Given the path and the body (an empty one of a GET), the response."""

@@ -14,7 +14,7 @@ import openai
 import pytest
 from api_service import Service, Speaker, serving
 
-from lsp_agent.engine.service import prepare
+from lsp_agent.engine.api import prepare
 
 TOKEN = "s3cret-token"
 HI = [{"role": "user", "content": "hi"}]
@@ -135,7 +135,7 @@ def test_a_client_that_leaves_before_its_turn_is_never_served(monkeypatch: pytes
         assert go_on.wait(10)
         return original(*arguments)
 
-    monkeypatch.setattr("lsp_agent.engine.service.server.prepare_chat", slow)
+    monkeypatch.setattr("lsp_agent.engine.api.server.prepare_chat", slow)
     speaker = Speaker(["x"])
     with serving({"speaker": speaker}) as service:
         with pytest.raises(httpx.ReadTimeout), service.http() as http:
@@ -156,7 +156,7 @@ def test_somebody_at_the_cursor_waits_for_no_others_prompts(monkeypatch: pytest.
         assert body.priority < 0 or go_on.wait(10)
         return original(engine, model, body, asker)
 
-    monkeypatch.setattr("lsp_agent.engine.service.server.prepare_text", slow)
+    monkeypatch.setattr("lsp_agent.engine.api.server.prepare_text", slow)
     with serving({"speaker": Speaker(["x"])}) as service, ThreadPoolExecutor(6) as pool:
 
         def ask(priority: int) -> int:

@@ -13,12 +13,12 @@ import openai
 import pytest
 from api_service import Service, Speaker, ask, serving
 
+from lsp_agent.engine.api import bodies
+from lsp_agent.engine.api.admission import Admission
+from lsp_agent.engine.api.errors import api_error
 from lsp_agent.engine.gpu.errors import GpuLost
-from lsp_agent.engine.service import bodies
-from lsp_agent.engine.service.admission import Admission
-from lsp_agent.engine.service.api_errors import api_error
-from lsp_agent.engine.service.connection import Reply
-from lsp_agent.engine.service.refusals import our_refusal
+from lsp_agent.engine.remote.connection import Reply
+from lsp_agent.engine.remote.refusals import our_refusal
 from lsp_agent.errors import PromptTooLong, UnknownModel, UserError
 
 HI = [{"role": "user", "content": "hi"}]

@@ -11,8 +11,8 @@ from api_service import serving
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lsp_agent.engine.service.chat_requests import ChatRequest
-from lsp_agent.engine.service.requests import CompletionRequest
+from lsp_agent.engine.api.chat_requests import ChatRequest
+from lsp_agent.engine.api.requests import CompletionRequest
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 JSON = st.recursive(

@@ -14,9 +14,9 @@ import pytest
 from api_service import Service, serving
 
 from lsp_agent.chat_model import Sampling
+from lsp_agent.engine.api.prepare import STEADY
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.request import Request
-from lsp_agent.engine.service.prepare import STEADY
 
 HI = [{"role": "user", "content": "hello"}]
 PROMPT = "def add(a, b):"

@@ -12,12 +12,12 @@ from tool_calls_samples import TOOLS, write_qwen3_coder
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import AnswerFormat, Sampling
+from lsp_agent.engine.api.chat_requests import ChatRequest
+from lsp_agent.engine.api.errors import ApiError
+from lsp_agent.engine.api.prepare import LONGEST_TOKEN, STEADY, Asker, Prepared, prepare_chat, prepare_text
+from lsp_agent.engine.api.requests import MAX_SCHEMA, CompletionRequest
 from lsp_agent.engine.request import INTERACTIVE, Request, Timings
-from lsp_agent.engine.service.api_errors import ApiError
 from lsp_agent.engine.service.catalog import ServedModel
-from lsp_agent.engine.service.chat_requests import ChatRequest
-from lsp_agent.engine.service.prepare import LONGEST_TOKEN, STEADY, Asker, Prepared, prepare_chat, prepare_text
-from lsp_agent.engine.service.requests import MAX_SCHEMA, CompletionRequest
 from lsp_agent.engine.tool_calls import tool_to_openai
 from lsp_agent.errors import PromptTooLong
 
@@ -211,9 +211,7 @@ def test_a_call_that_is_required_is_constrained() -> None:
     required = {"tools": TOOL_ENTRIES, "tool_choice": "required"}
     with pytest.MonkeyPatch.context() as patch:
         seen: list[Any] = []
-        patch.setattr(
-            "lsp_agent.engine.service.prepare.constraint_for_tools", lambda *given: seen.append(given) or "made"
-        )
+        patch.setattr("lsp_agent.engine.api.prepare.constraint_for_tools", lambda *given: seen.append(given) or "made")
         (request,) = chat_prepared(speaker, **required, parallel_tool_calls=False).requests
     ((tools, choice, call_format, tokenizer, parallel, form),) = seen
     assert form == AnswerFormat()

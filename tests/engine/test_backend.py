@@ -20,10 +20,10 @@ from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
 from lsp_agent.cli import app
 from lsp_agent.config import Backend
+from lsp_agent.engine.remote import backend as backends
+from lsp_agent.engine.remote.backend import check, key_of, open_backend
+from lsp_agent.engine.remote.openai_model import OpenAiModel
 from lsp_agent.engine.scripted import ScriptedModel
-from lsp_agent.engine.service import backend as backends
-from lsp_agent.engine.service.backend import check, key_of, open_backend
-from lsp_agent.engine.service.openai_model import OpenAiModel
 from lsp_agent.errors import ExitCode, UnknownModel, UserError
 from lsp_agent.models import open_model
 

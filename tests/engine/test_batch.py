@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lsp_agent.engine.batch import Batch
+from lsp_agent.engine.scheduling.batch import Batch
 
 HYBRID, MIXTURE = "qwen3-next", "qwen3-moe"
 TOKENS = np.random.default_rng(3).integers(0, 250, (4, 60)).tolist()

@@ -13,7 +13,7 @@ from api_service import ask as post
 from tool_calls_samples import TOOLS, WRITERS, write_qwen3_coder
 
 from lsp_agent.chat_model import Problem
-from lsp_agent.engine.service.replies import completions
+from lsp_agent.engine.remote.replies import completions
 from lsp_agent.engine.tool_calls import call_to_openai, parse_answer, tool_to_openai
 
 TOOL_ENTRIES = [tool_to_openai(tool) for tool in TOOLS]

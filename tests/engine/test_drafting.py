@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsp_agent.engine.drafting import CopyDrafter
-from lsp_agent.engine.run_costs import RunCosts
+from lsp_agent.engine.drafting.drafter import CopyDrafter
+from lsp_agent.engine.drafting.run_costs import RunCosts
 
 CHEAP = [1.0, *(1.1 + 0.2 * count for count in range(1, 32))]  # steps that a run of 1, 2, … ids takes: a CPU's
 

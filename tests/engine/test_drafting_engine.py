@@ -6,10 +6,10 @@ from test_golden_hf import PROMPT
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
-from lsp_agent.engine.drafting import CopyDrafter
+from lsp_agent.engine.drafting.drafter import CopyDrafter
+from lsp_agent.engine.drafting.run_costs import RunCosts
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.request import Request
-from lsp_agent.engine.run_costs import RunCosts
 from lsp_agent.errors import Cancelled
 
 MODELS = ["qwen3-next", "qwen3-next-other", "qwen3-moe"]

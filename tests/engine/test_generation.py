@@ -10,9 +10,9 @@ from tiny_checkpoint import MIXED
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
 from lsp_agent.engine.answers import collect, total_usage
-from lsp_agent.engine.drafting import CopyDrafter
+from lsp_agent.engine.drafting.drafter import CopyDrafter
+from lsp_agent.engine.drafting.run_costs import RunCosts
 from lsp_agent.engine.engine import Engine
-from lsp_agent.engine.run_costs import RunCosts
 from lsp_agent.errors import Cancelled, UserError
 
 PROMPT = "def add(a, b):\n    return a + b\n"

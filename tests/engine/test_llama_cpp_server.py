@@ -18,8 +18,8 @@ import pytest
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import AnswerFormat, ChatOptions, Message, Sampling, ToolSchema
 from lsp_agent.config import Backend
-from lsp_agent.engine.service.backend import KEY_VARIABLE, open_backend
-from lsp_agent.engine.service.openai_model import OpenAiModel
+from lsp_agent.engine.remote.backend import KEY_VARIABLE, open_backend
+from lsp_agent.engine.remote.openai_model import OpenAiModel
 from lsp_agent.errors import Cancelled, PromptTooLong, Unsupported, UserError
 
 pytestmark = pytest.mark.llama

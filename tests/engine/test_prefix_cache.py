@@ -4,7 +4,7 @@ import pytest
 from transcripts import WORDS, Reader, Transcript
 
 from lsp_agent.engine.package import Package
-from lsp_agent.engine.prefix_cache import PrefixCache
+from lsp_agent.engine.prefixes.cache import PrefixCache
 from lsp_agent.engine.session import Decoder
 
 HYBRID, ATTENTION = "qwen3-next", "qwen3"

@@ -10,9 +10,9 @@ from filelock import Timeout
 from transcripts import Transcript, Witness, cold
 
 from lsp_agent.engine.package import Package
-from lsp_agent.engine.prefix_cache import PrefixCache
-from lsp_agent.engine.prefix_disk import PrefixDisk, open_disk
-from lsp_agent.engine.prefix_limits import disk_limit
+from lsp_agent.engine.prefixes.cache import PrefixCache
+from lsp_agent.engine.prefixes.disk import PrefixDisk, open_disk
+from lsp_agent.engine.prefixes.limits import disk_limit
 from lsp_agent.engine.session import Decoder
 
 HYBRID, ATTENTION = "qwen3-next", "qwen3"
@@ -227,6 +227,6 @@ def test_a_full_disk_is_done_without(start, monkeypatch, caplog):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lsp_agent.engine.prefix_disk.os.open", full)
+    monkeypatch.setattr("lsp_agent.engine.prefixes.disk.os.open", full)
     talks(reader, count=2)
     assert reader.cache.stats().disk_bytes == 0 and "No space left" in caplog.text

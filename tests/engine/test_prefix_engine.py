@@ -5,11 +5,11 @@ from transcripts import Transcript
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
-from lsp_agent.engine import scheduler
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.package import Package
-from lsp_agent.engine.prefix_tree import shared_prefix
+from lsp_agent.engine.prefixes.tree import shared_prefix
 from lsp_agent.engine.request import Request
+from lsp_agent.engine.scheduling import scheduler
 from lsp_agent.errors import Cancelled
 
 MODELS = pytest.mark.parametrize("name", ["qwen3-next", "qwen3"])

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transcripts import Reader, Transcript, Witness, cold
 
-from lsp_agent.engine.host_memory import HostMemory, bytes_of, carve
 from lsp_agent.engine.package import Package
-from lsp_agent.engine.prefix_cache import PrefixCache
-from lsp_agent.engine.prefix_limits import memory_limit, size_of
-from lsp_agent.engine.prefix_tree import LONGEST
+from lsp_agent.engine.prefixes.cache import PrefixCache
+from lsp_agent.engine.prefixes.host_memory import HostMemory, bytes_of, carve
+from lsp_agent.engine.prefixes.limits import memory_limit, size_of
+from lsp_agent.engine.prefixes.tree import LONGEST
 from lsp_agent.engine.session import Decoder
 from lsp_agent.engine.state import recurrent_shapes, segment_shapes
 from lsp_agent.errors import UserError
@@ -128,7 +128,7 @@ def test_what_a_row_of_a_batch_has_read_is_remembered(decoder_of):
 
 
 def test_bookkeeping_does_not_grow_with_use(decoder_of, monkeypatch):
-    monkeypatch.setattr("lsp_agent.engine.prefix_eviction.LEAST", 64)
+    monkeypatch.setattr("lsp_agent.engine.prefixes.eviction.LEAST", 64)
     decoder = decoder_of(HYBRID)
     cache = PrefixCache(decoder.states, CONTEXT, 1, decoder.device, 1 << 28)
     reader = Reader(decoder, cache)
@@ -201,7 +201,7 @@ def test_what_is_no_size_is_said_to_be_none(text):
 
 def test_a_share_of_the_usable_memory_is_the_default(monkeypatch):
     monkeypatch.delenv("LSP_AGENT_CACHE_MEMORY", raising=False)
-    monkeypatch.setattr("lsp_agent.engine.prefix_limits.usable_memory", lambda: 8 << 30)
+    monkeypatch.setattr("lsp_agent.engine.prefixes.limits.usable_memory", lambda: 8 << 30)
     assert memory_limit() == 2 << 30
-    monkeypatch.setattr("lsp_agent.engine.prefix_limits.usable_memory", lambda: 512 << 30)
+    monkeypatch.setattr("lsp_agent.engine.prefixes.limits.usable_memory", lambda: 512 << 30)
     assert memory_limit() == 32 << 30

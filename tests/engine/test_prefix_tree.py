@@ -3,8 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsp_agent.engine.prefix_eviction import GreedyDual
-from lsp_agent.engine.prefix_tree import Node, PrefixTree, shared_prefix
+from lsp_agent.engine.prefixes.eviction import GreedyDual
+from lsp_agent.engine.prefixes.tree import Node, PrefixTree, shared_prefix
 
 IDS = st.lists(st.integers(0, 2), max_size=12)
 

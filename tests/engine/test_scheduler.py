@@ -7,9 +7,9 @@ import pytest
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
-from lsp_agent.engine.costs import PromptCosts, StepCosts
 from lsp_agent.engine.request import INTERACTIVE, ORDINARY, Request, Step
-from lsp_agent.engine.scheduler import Scheduler
+from lsp_agent.engine.scheduling.costs import PromptCosts, StepCosts
+from lsp_agent.engine.scheduling.scheduler import Scheduler
 from lsp_agent.errors import Cancelled, PromptTooLong, UserError
 
 HYBRID = "qwen3-next"
@@ -322,7 +322,7 @@ def test_an_answer_obeys_its_constraint_and_what_must_follow_is_read_in_one_run(
 
 def scheduler_of_few(engine, slots, rows, row_capacity=64):
     """A scheduler of the engine's decoder with few states and rows."""
-    from lsp_agent.engine.prefix_cache import PrefixCache
+    from lsp_agent.engine.prefixes.cache import PrefixCache
 
     prefixes = PrefixCache(engine._decoder.states, engine.context_length, slots, engine._decoder.device)
     return Scheduler(engine._decoder, prefixes, engine.tokenizer, rows, row_capacity), prefixes

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lsp_agent.engine.costs import LATEST, RETRY, PromptCosts, StepCosts
+from lsp_agent.engine.scheduling.costs import LATEST, RETRY, PromptCosts, StepCosts
 
 
 def test_a_piece_takes_the_time_that_it_may():

@@ -8,13 +8,13 @@ import pytest
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
-from lsp_agent.engine.batch import Batch
 from lsp_agent.engine.device import CpuDevice
 from lsp_agent.engine.gpu.errors import GpuLost
-from lsp_agent.engine.prefix_cache import PrefixCache
+from lsp_agent.engine.prefixes.cache import PrefixCache
 from lsp_agent.engine.request import INTERACTIVE, Request, Step
 from lsp_agent.engine.sampling import HostLogits
-from lsp_agent.engine.scheduler import Scheduler
+from lsp_agent.engine.scheduling.batch import Batch
+from lsp_agent.engine.scheduling.scheduler import Scheduler
 
 A_TOKEN, A_RUN, A_STEP, A_ROW = 0.005, 0.01, 0.03, 0.01
 """Seconds: a token of a prompt and a run over some, a step and each further row of it."""

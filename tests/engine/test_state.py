@@ -10,8 +10,8 @@ from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
 from lsp_agent.engine.device import CpuDevice
 from lsp_agent.engine.engine import Engine
-from lsp_agent.engine.host_memory import HostMemory, bytes_of
-from lsp_agent.engine.recurrent_copies import RecurrentCopies
+from lsp_agent.engine.prefixes.host_memory import HostMemory, bytes_of
+from lsp_agent.engine.prefixes.recurrent_copies import RecurrentCopies
 from lsp_agent.engine.state import State, recurrent_shapes
 from lsp_agent.errors import Cancelled
 

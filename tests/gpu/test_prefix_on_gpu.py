@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from transcripts import Reader, Transcript, cold
 
-from lsp_agent.engine.prefix_cache import PrefixCache
-from lsp_agent.engine.prefix_disk import PrefixDisk
-from lsp_agent.engine.recurrent_copies import WORTH_MOVING
+from lsp_agent.engine.prefixes.cache import PrefixCache
+from lsp_agent.engine.prefixes.disk import PrefixDisk
+from lsp_agent.engine.prefixes.recurrent_copies import WORTH_MOVING
 
 pytestmark = pytest.mark.gpu
 

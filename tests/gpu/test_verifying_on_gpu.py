@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_cuda_graph import PLACEMENTS, PROMPT, TOLERANCE, read, step
 
-from lsp_agent.engine.batch import Batch
+from lsp_agent.engine.scheduling.batch import Batch
 
 pytestmark = pytest.mark.gpu
 

@@ -11,10 +11,10 @@ import numpy as np
 import onnxruntime as ort
 
 from lsp_agent.engine.device import Array, Device, bind_input, bind_output
+from lsp_agent.engine.drafting.verification import Verified
 from lsp_agent.engine.gpu.step_builder import CANDIDATES, NoKernel
 from lsp_agent.engine.sampling import HostLogits, Logits
 from lsp_agent.engine.state import State
-from lsp_agent.engine.verification import Verified
 
 log = logging.getLogger(__name__)
 CONTROL = 4

@@ -12,10 +12,10 @@ import httpx
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Tier
 from lsp_agent.engine.gpu.errors import GpuLost
+from lsp_agent.engine.remote.connection import Address, Connection, Reply
+from lsp_agent.engine.remote.dialect import Dialect
+from lsp_agent.engine.remote.openai_model import OpenAiModel
 from lsp_agent.engine.service import control_client, launch
-from lsp_agent.engine.service.connection import Address, Connection, Reply
-from lsp_agent.engine.service.dialect import Dialect
-from lsp_agent.engine.service.openai_model import OpenAiModel
 from lsp_agent.engine.service.runtime import HAS_UNIX_SOCKETS, About, Place, place
 from lsp_agent.errors import EngineStopping, UserError
 

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from lsp_agent.engine.chat_template import render
 from lsp_agent.engine.engine import Engine
-from lsp_agent.engine.generation import Generation
 from lsp_agent.engine.request import Request, Step
+from lsp_agent.engine.scheduling.generation import Generation
 from lsp_agent.engine.service.catalog import Catalog, ServedModel, Source
 from lsp_agent.engine.service.engine_thread import EngineThread
 from lsp_agent.engine.service.residents import Loading, OnProgress, Resident

@@ -32,8 +32,8 @@ from lsp_agent.errors import ExitCode, UserError
 if TYPE_CHECKING:
     import uvicorn
 
+    from lsp_agent.engine.api.server import EngineServer
     from lsp_agent.engine.service.host import EngineHost
-    from lsp_agent.engine.service.server import EngineServer
 
 IDLE = "LSP_AGENT_ENGINE_IDLE_SECONDS"
 IDLE_SECONDS = 600.0
@@ -132,10 +132,10 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _be_engine(here: Place, options: argparse.Namespace, idle_seconds: float, say: Say) -> int:
+    from lsp_agent.engine.api.server import EngineServer
     from lsp_agent.engine.service import control
     from lsp_agent.engine.service.catalog import Catalog
     from lsp_agent.engine.service.host import EngineHost
-    from lsp_agent.engine.service.server import EngineServer
 
     catalog = Catalog(options.context, options.default)
     for named in options.package:
@@ -192,7 +192,7 @@ class _Serving:
         """Serve `app` there, too."""
         import uvicorn
 
-        from lsp_agent.engine.service.server import uvicorn_config
+        from lsp_agent.engine.api.server import uvicorn_config
 
         class Server(uvicorn.Server):
             @contextlib.contextmanager

@@ -16,7 +16,7 @@ from lsp_agent.engine.footprint import footprint
 from lsp_agent.engine.gpu.choice import Room, choose
 from lsp_agent.engine.gpu.placement import PARALLEL
 from lsp_agent.engine.package import Package
-from lsp_agent.engine.prefix_limits import size_of
+from lsp_agent.engine.prefixes.limits import size_of
 from lsp_agent.machine import usable_memory
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections import defaultdict
 
 import numpy as np
 
-from lsp_agent.engine.prefix_cache import PrefixCache
-from lsp_agent.engine.prefix_tree import shared_prefix
+from lsp_agent.engine.prefixes.cache import PrefixCache
+from lsp_agent.engine.prefixes.tree import shared_prefix
 
 END, START = 1, 2
 ROLES = {"system": 3, "user": 4, "assistant": 5, "tool": 6}

@@ -5,7 +5,7 @@ import pytest
 from emulated_decoder import EmulatedDecoder, assert_close
 from emulator import EmulatedKernels
 
-from lsp_agent.engine.batch import Batch
+from lsp_agent.engine.scheduling.batch import Batch
 
 TOKENS = np.random.RandomState(11).randint(0, 256, (3, 40)).tolist()
 CLOSE = 2e-3

@@ -16,12 +16,12 @@ import httpx
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Tier
 from lsp_agent.config import Backend
-from lsp_agent.engine.service import replies
-from lsp_agent.engine.service.connection import Address, Connection, Reply
-from lsp_agent.engine.service.dialect import Dialect, Kind, kind_of
-from lsp_agent.engine.service.families import FAMILIES, Family, family_of
-from lsp_agent.engine.service.openai_model import OpenAiModel
-from lsp_agent.engine.service.refusals import refusal
+from lsp_agent.engine.remote import replies
+from lsp_agent.engine.remote.connection import Address, Connection, Reply
+from lsp_agent.engine.remote.dialect import Dialect, Kind, kind_of
+from lsp_agent.engine.remote.families import FAMILIES, Family, family_of
+from lsp_agent.engine.remote.openai_model import OpenAiModel
+from lsp_agent.engine.remote.refusals import refusal
 from lsp_agent.errors import ExitCode, UnknownModel, UserError
 
 KEY_VARIABLE = "LSP_AGENT_BACKEND_KEY"

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from lsp_agent.chat_model import Completion, Usage
 from lsp_agent.engine.answers import Answers
+from lsp_agent.engine.api import shapes
+from lsp_agent.engine.api.logprobs import TokenLog, scored_tokens
+from lsp_agent.engine.api.prepare import Prepared
 from lsp_agent.engine.request import Step, Timings
-from lsp_agent.engine.service import shapes
-from lsp_agent.engine.service.logprobs import TokenLog, scored_tokens
-from lsp_agent.engine.service.prepare import Prepared
 from lsp_agent.engine.tool_calls import Piece
 
 if TYPE_CHECKING:
     from lsp_agent.engine.engine import Engine
-    from lsp_agent.engine.generation import Generation
+    from lsp_agent.engine.scheduling.generation import Generation
     from lsp_agent.engine.scoring import Scoring
 
 Told = Step | Exception | None

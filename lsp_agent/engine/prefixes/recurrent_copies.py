@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from lsp_agent.engine.device import Array, Device
-from lsp_agent.engine.host_memory import HostMemory, Shapes
+from lsp_agent.engine.prefixes.host_memory import HostMemory, Shapes
 
 WORTH_MOVING = 16
 """Tokens after a copy below which another is not worth its bytes elsewhere: to read so few tokens again takes about as

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lsp_agent.engine.service.api_errors import ApiError
+from lsp_agent.engine.api.errors import ApiError
 
 MOST = 256
 MOST_OF_A_CLIENT = 64

@@ -1,6 +1,6 @@
 """A radix tree over tokens: what is known of many prompts, with what they share known once.
 
-It knows tokens and where they branch; what is kept for a node's tokens is its user's (`prefix_store.py`).
+It knows tokens and where they branch; what is kept for a node's tokens is its user's (`store.py`).
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from typing import Any
 
 from lsp_agent import __version__
 from lsp_agent.chat_model import Completion, ToolCall
+from lsp_agent.engine.api.logprobs import Shown, chat_logprobs, text_logprobs
 from lsp_agent.engine.request import Timings
-from lsp_agent.engine.service.logprobs import Shown, chat_logprobs, text_logprobs
 from lsp_agent.engine.tool_calls import Piece, call_to_openai, problem_to_openai
 from lsp_agent.engine.tool_calls.openai import OURS
 

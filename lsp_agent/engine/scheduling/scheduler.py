@@ -12,18 +12,18 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from lsp_agent.engine.costs import PromptCosts
-from lsp_agent.engine.decoding import Decoding
-from lsp_agent.engine.generation import Generation, Job, OnStep
 from lsp_agent.engine.gpu.errors import GpuLost, explain
-from lsp_agent.engine.policy import Policy
-from lsp_agent.engine.prefill import read_piece
-from lsp_agent.engine.prefix_cache import PrefixCache
+from lsp_agent.engine.prefixes.cache import PrefixCache
 from lsp_agent.engine.request import Request
 from lsp_agent.engine.sampling import Logits
+from lsp_agent.engine.scheduling.costs import PromptCosts
+from lsp_agent.engine.scheduling.decoding import Decoding
+from lsp_agent.engine.scheduling.generation import Generation, Job, OnStep
+from lsp_agent.engine.scheduling.policy import Policy
+from lsp_agent.engine.scheduling.prefill import read_piece
+from lsp_agent.engine.scheduling.stepping import Stepper
 from lsp_agent.engine.session import Decoder
 from lsp_agent.engine.state import State
-from lsp_agent.engine.stepping import Stepper
 from lsp_agent.engine.tokens import Tokenizer
 from lsp_agent.errors import Cancelled, PromptTooLong, UserError
 

@@ -11,12 +11,12 @@ from typing import Protocol
 import numpy as np
 
 from lsp_agent.engine.device import Array
-from lsp_agent.engine.host_memory import HostMemory, bytes_of
-from lsp_agent.engine.prefix_disk import PrefixDisk, PrefixLostError
-from lsp_agent.engine.prefix_eviction import GreedyDual
-from lsp_agent.engine.prefix_files import Checkpoint, Kept, NodeFiles, Segment
-from lsp_agent.engine.prefix_tree import LONGEST, PrefixTree
-from lsp_agent.engine.recurrent_copies import RecurrentCopies
+from lsp_agent.engine.prefixes.disk import PrefixDisk, PrefixLostError
+from lsp_agent.engine.prefixes.eviction import GreedyDual
+from lsp_agent.engine.prefixes.files import Checkpoint, Kept, NodeFiles, Segment
+from lsp_agent.engine.prefixes.host_memory import HostMemory, bytes_of
+from lsp_agent.engine.prefixes.recurrent_copies import RecurrentCopies
+from lsp_agent.engine.prefixes.tree import LONGEST, PrefixTree
 from lsp_agent.engine.state import StateSpec, recurrent_shapes, segment_shapes
 
 NODES = 16

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
-from lsp_agent.engine.service.admission import Admission
-from lsp_agent.engine.service.api_errors import ApiError
-from lsp_agent.engine.service.metrics import Metrics
+from lsp_agent.engine.api.admission import Admission
+from lsp_agent.engine.api.errors import ApiError
+from lsp_agent.engine.api.metrics import Metrics
 
 if TYPE_CHECKING:
     from lsp_agent.engine.engine import Engine

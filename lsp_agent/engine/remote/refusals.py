@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lsp_agent.engine.gpu.errors import GpuLost
-from lsp_agent.engine.service.connection import BUSY, Reply
+from lsp_agent.engine.remote.connection import BUSY, Reply
 from lsp_agent.errors import PromptTooLong, UnknownModel, UserError
 
 LONGEST_QUOTE = 300

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from lsp_agent.engine.batch import Batch, Row
-from lsp_agent.engine.costs import StepCosts
-from lsp_agent.engine.decoding import Decoding
+from lsp_agent.engine.drafting.run_costs import RunCosts
 from lsp_agent.engine.request import Step
-from lsp_agent.engine.run_costs import RunCosts
 from lsp_agent.engine.sampling import Logits
+from lsp_agent.engine.scheduling.batch import Batch, Row
+from lsp_agent.engine.scheduling.costs import StepCosts
+from lsp_agent.engine.scheduling.decoding import Decoding
 from lsp_agent.engine.session import Decoder
 from lsp_agent.engine.state import State
 

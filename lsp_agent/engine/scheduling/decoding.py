@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lsp_agent.engine.drafting import GAIN, CopyDrafter
+from lsp_agent.engine.drafting.drafter import GAIN, CopyDrafter
+from lsp_agent.engine.drafting.run_costs import RunCosts
 from lsp_agent.engine.request import FinishReason, Step
-from lsp_agent.engine.run_costs import RunCosts
 from lsp_agent.engine.sampling import Logits, Sampler, best_log_probabilities
 from lsp_agent.engine.state import State
 from lsp_agent.engine.tokens import StopStrings, TextStream, Tokenizer
 
 if TYPE_CHECKING:
-    from lsp_agent.engine.generation import Job
+    from lsp_agent.engine.scheduling.generation import Job
 
 
 class Decoding:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import AnswerFormat, Sampling, ToolSchema
+from lsp_agent.engine.api.chat_requests import ChatRequest
+from lsp_agent.engine.api.errors import ApiError
+from lsp_agent.engine.api.requests import MAX_ANSWERS, CompletionRequest, GenerationFields
 from lsp_agent.engine.constraints import Constraint, compile_format, constraint_for_tools
 from lsp_agent.engine.request import Request
-from lsp_agent.engine.service.api_errors import ApiError
-from lsp_agent.engine.service.chat_requests import ChatRequest
-from lsp_agent.engine.service.requests import MAX_ANSWERS, CompletionRequest, GenerationFields
 from lsp_agent.errors import PromptTooLong
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ import httpx
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.engine.gpu.errors import GpuLost
-from lsp_agent.engine.service.replies import Collected
+from lsp_agent.engine.remote.replies import Collected
 from lsp_agent.errors import Cancelled, UserError
 
 POLL_S = 0.05

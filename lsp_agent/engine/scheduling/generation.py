@@ -7,13 +7,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from lsp_agent.engine.decoding import Decoding
 from lsp_agent.engine.request import Request, Step, Timings
+from lsp_agent.engine.scheduling.decoding import Decoding
 from lsp_agent.engine.tokens import Tokenizer
 from lsp_agent.errors import Cancelled
 
 if TYPE_CHECKING:
-    from lsp_agent.engine.scheduler import Scheduler
+    from lsp_agent.engine.scheduling.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.requests import ClientDisconnect, Request
 
-from lsp_agent.engine.service.api_errors import ApiError
+from lsp_agent.engine.api.errors import ApiError
 
 MAX_BYTES = 32 << 20
 """Of a body: some eight million tokens of code."""

@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime as ort
 from filelock import FileLock, Timeout
 
-from lsp_agent.engine.host_memory import HostMemory, Shapes, bytes_of, carve
+from lsp_agent.engine.prefixes.host_memory import HostMemory, Shapes, bytes_of, carve
 from lsp_agent.engine.state import StateSpec, recurrent_shapes, segment_shapes
 from lsp_agent.paths import cache_dir
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag
 
 from lsp_agent.chat_model import Message, ToolSchema
-from lsp_agent.engine.service.api_errors import ApiError
-from lsp_agent.engine.service.requests import (
+from lsp_agent.engine.api.errors import ApiError
+from lsp_agent.engine.api.requests import (
     MAX_SCHEMA,
     MAX_TEXTS,
     MAX_TOP,

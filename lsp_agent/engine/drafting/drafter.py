@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lsp_agent.engine.copying import Acceptance, Copying, Finding, Text
-from lsp_agent.engine.run_costs import RunCosts
+from lsp_agent.engine.drafting.copying import Acceptance, Copying, Finding, Text
+from lsp_agent.engine.drafting.run_costs import RunCosts
 
 FOUND = (0.05, 0.1, 0.2, 0.4, 0.5, 0.65, 0.8, 0.9, 0.95)
 COPIED = (0.1, 0.4, 0.5, 0.7, 0.85, 0.9, 0.95, 0.97, 0.98)

@@ -1,7 +1,7 @@
 """The states of past prompts: a new one reads only what follows the longest beginning that it shares with any.
 
 Some lie in the device's memory, in states that can be used as they are; what such a state loses, because another prompt
-needs it or branches off, goes to main memory (`prefix_store.py`) and comes back by copying.
+needs it or branches off, goes to main memory (`store.py`) and comes back by copying.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lsp_agent.engine.device import Array, CpuDevice, Device
-from lsp_agent.engine.host_memory import HostMemory, bytes_of
-from lsp_agent.engine.prefix_disk import PrefixDisk, PrefixLostError
-from lsp_agent.engine.prefix_limits import memory_limit
-from lsp_agent.engine.prefix_store import Part, Path, PrefixStore, Readable
-from lsp_agent.engine.prefix_tree import shared_prefix
-from lsp_agent.engine.recurrent_copies import WORTH_MOVING
+from lsp_agent.engine.prefixes.disk import PrefixDisk, PrefixLostError
+from lsp_agent.engine.prefixes.host_memory import HostMemory, bytes_of
+from lsp_agent.engine.prefixes.limits import memory_limit
+from lsp_agent.engine.prefixes.recurrent_copies import WORTH_MOVING
+from lsp_agent.engine.prefixes.store import Part, Path, PrefixStore, Readable
+from lsp_agent.engine.prefixes.tree import shared_prefix
 from lsp_agent.engine.state import State, StateSpec, recurrent_shapes, segment_shapes
 
 PREFIX_SLOTS = 4

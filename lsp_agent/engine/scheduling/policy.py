@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lsp_agent.engine.decoding import Decoding
 from lsp_agent.engine.request import ORDINARY
+from lsp_agent.engine.scheduling.decoding import Decoding
 
 HALF_LIFE_S = 30.0
 """Service counts half as much after this time."""

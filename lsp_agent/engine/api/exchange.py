@@ -17,17 +17,17 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Completion
+from lsp_agent.engine.api import shapes
+from lsp_agent.engine.api.answering import Answering, Inbox
+from lsp_agent.engine.api.bodies import client_of
+from lsp_agent.engine.api.errors import ApiError, api_error
+from lsp_agent.engine.api.metrics import Stopwatch
+from lsp_agent.engine.api.middleware import where
+from lsp_agent.engine.api.prepare import Asker, Prepared
+from lsp_agent.engine.api.requests import GenerationFields
+from lsp_agent.engine.api.scoring import score
+from lsp_agent.engine.api.serving import Serving
 from lsp_agent.engine.request import ORDINARY
-from lsp_agent.engine.service import shapes
-from lsp_agent.engine.service.answering import Answering, Inbox
-from lsp_agent.engine.service.api_errors import ApiError, api_error
-from lsp_agent.engine.service.bodies import client_of
-from lsp_agent.engine.service.metrics import Stopwatch
-from lsp_agent.engine.service.middleware import where
-from lsp_agent.engine.service.prepare import Asker, Prepared
-from lsp_agent.engine.service.requests import GenerationFields
-from lsp_agent.engine.service.scoring import score
-from lsp_agent.engine.service.serving import Serving
 from lsp_agent.engine.tool_calls import Piece
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lsp_agent.engine.service.api_errors import ApiError, api_error
-from lsp_agent.engine.service.metrics import Metrics
+from lsp_agent.engine.api.errors import ApiError, api_error
+from lsp_agent.engine.api.metrics import Metrics
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 OPEN_ROUTES = {"/health"}

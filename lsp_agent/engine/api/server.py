@@ -21,16 +21,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from lsp_agent.engine.service.admission import Admission
-from lsp_agent.engine.service.api_errors import ApiError
-from lsp_agent.engine.service.bodies import client_of, read_json
-from lsp_agent.engine.service.chat_requests import ChatRequest, TokenizeChatRequest, TokenizeRequest
-from lsp_agent.engine.service.exchange import CHAT, TEXT, Exchange
-from lsp_agent.engine.service.metrics import CONTENT_TYPE, Metrics
-from lsp_agent.engine.service.middleware import Gate
-from lsp_agent.engine.service.prepare import check_tokens, prepare_chat, prepare_text, spelled_text
-from lsp_agent.engine.service.requests import CompletionRequest, DetokenizeRequest
-from lsp_agent.engine.service.serving import Serving
+from lsp_agent.engine.api.admission import Admission
+from lsp_agent.engine.api.bodies import client_of, read_json
+from lsp_agent.engine.api.chat_requests import ChatRequest, TokenizeChatRequest, TokenizeRequest
+from lsp_agent.engine.api.errors import ApiError
+from lsp_agent.engine.api.exchange import CHAT, TEXT, Exchange
+from lsp_agent.engine.api.metrics import CONTENT_TYPE, Metrics
+from lsp_agent.engine.api.middleware import Gate
+from lsp_agent.engine.api.prepare import check_tokens, prepare_chat, prepare_text, spelled_text
+from lsp_agent.engine.api.requests import CompletionRequest, DetokenizeRequest
+from lsp_agent.engine.api.serving import Serving
 
 if TYPE_CHECKING:
     from lsp_agent.engine.engine import Engine

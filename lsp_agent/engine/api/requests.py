@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from lsp_agent.chat_model import AnswerFormat, Sampling
-from lsp_agent.engine.service.api_errors import ApiError
+from lsp_agent.engine.api.errors import ApiError
 
 MAX_ANSWERS = 32
 MAX_PROMPTS = 32

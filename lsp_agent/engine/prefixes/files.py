@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from lsp_agent.engine.host_memory import HostMemory
-from lsp_agent.engine.prefix_disk import PrefixDisk, PrefixLostError, Stored, prompt_hash
-from lsp_agent.engine.prefix_tree import Node
+from lsp_agent.engine.prefixes.disk import PrefixDisk, PrefixLostError, Stored, prompt_hash
+from lsp_agent.engine.prefixes.host_memory import HostMemory
+from lsp_agent.engine.prefixes.tree import Node
 
 Segment = Mapping[str, np.ndarray]
 """Keys and values [heads, tokens, head size] of consecutive tokens, by `past` name."""

@@ -23,11 +23,11 @@ from lsp_agent.chat_model import (
     ToolSchema,
     Usage,
 )
-from lsp_agent.engine.service import replies
-from lsp_agent.engine.service.connection import Connection, Reply
-from lsp_agent.engine.service.dialect import Dialect, to_drop
-from lsp_agent.engine.service.families import Family
-from lsp_agent.engine.service.refusals import Refused, our_refusal, refusal
+from lsp_agent.engine.remote import replies
+from lsp_agent.engine.remote.connection import Connection, Reply
+from lsp_agent.engine.remote.dialect import Dialect, to_drop
+from lsp_agent.engine.remote.families import Family
+from lsp_agent.engine.remote.refusals import Refused, our_refusal, refusal
 from lsp_agent.engine.tool_calls import message_to_openai, tool_to_openai
 from lsp_agent.engine.tool_calls.openai import OURS
 from lsp_agent.errors import UnknownModel, Unsupported, UserError

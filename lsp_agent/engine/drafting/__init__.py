@@ -1,0 +1,1 @@
+"""Guessing the next tokens by copying, and verifying several in one run."""

@@ -1,0 +1,1 @@
+"""What past prompts left behind, so that a new one reads only what is new."""

@@ -1,0 +1,1 @@
+"""`ChatModel` over any OpenAI-compatible server."""

@@ -1,0 +1,1 @@
+"""Continuous batching: whose turn it is, and steps of all who decode."""

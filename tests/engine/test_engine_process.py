@@ -25,6 +25,7 @@ from lsp_agent import machine
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
 from lsp_agent.engine.engine import Engine
+from lsp_agent.engine.gpu.errors import GpuLost
 from lsp_agent.engine.request import Request
 from lsp_agent.engine.service import engine_thread, room
 from lsp_agent.engine.service import host as hosting
@@ -371,6 +372,69 @@ def test_a_package_that_was_exchanged_is_loaded_anew(with_host: Any, loads: Load
     with_host(test)
 
 
+def test_a_model_that_makes_way_is_gone_before_the_next_is_loaded(
+    with_host: Any, loads: Loads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only from the list: two large ones at once fit nowhere."""
+    monkeypatch.setenv("LSP_AGENT_ENGINE_MEMORY", "0.6 GiB")
+    load, engines, alive = Engine.load, list[weakref.ref[Engine]](), list[int]()
+
+    def watched(package: Path, **options: Any) -> Engine:
+        alive.append(sum(engine() is not None for engine in engines))
+        engine = load(package, **options)
+        engines.append(weakref.ref(engine))
+        return engine
+
+    monkeypatch.setattr(Engine, "load", watched)
+
+    async def test(host: EngineHost) -> None:
+        await generate(host, await host.engine("a"))
+        await generate(host, await host.engine("b"))
+        config = host.catalog.source("b").package / "config.json"
+        header = config.read_bytes()
+        config.unlink()
+        config.write_bytes(header)
+        await generate(host, await host.engine("b"))
+        assert loads.names == ["a", "b", "b"] and alive == [0, 0, 0]
+
+    with_host(test)
+
+
+def test_a_gpu_that_is_lost_while_a_model_loads_ends_the_engine(
+    with_host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(package: Path, **options: Any) -> Engine:
+        raise RuntimeError("CUDA failure 719: unspecified launch failure ; GPU=0")
+
+    monkeypatch.setattr(Engine, "load", lose)
+
+    async def test(host: EngineHost) -> None:
+        with pytest.raises(GpuLost):
+            await host.engine("a")
+        assert isinstance(host.broken, GpuLost)
+
+    with_host(test)
+
+
+def test_an_engine_that_failed_sends_who_asks_to_the_next_one(
+    with_host: Any, loads: Loads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(host: EngineHost) -> None:
+        engine = await host.engine("a")
+
+        def fail() -> bool:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(engine.scheduler, "advance", fail)
+        host.thread.wake()
+        while host.broken is None:
+            await asyncio.sleep(0.01)
+        with pytest.raises(EngineStopping):
+            await host.engine("a")
+
+    with_host(test)
+
+
 def test_a_load_that_fails_leaves_the_rest(with_host: Any, loads: Loads) -> None:
     async def test(host: EngineHost) -> None:
         engine = await host.engine("a")
@@ -391,9 +455,9 @@ def test_nothing_new_is_taken_when_it_is_to_stop(with_host: Any, loads: Loads) -
         with pytest.raises(ZeroDivisionError):
             await host.call(engine, lambda: 1 // 0)
         host.leave()
-        for ask in (lambda: host.engine("a"), lambda: host.call(engine, str)):
-            with pytest.raises(EngineStopping):
-                await ask()
+        with pytest.raises(EngineStopping):
+            await host.engine("a")
+        assert await host.call(engine, lambda: "gives back what it took") == "gives back what it took"
         with pytest.raises(EngineStopping):
             host.submit(engine, Request([1]), lambda _: None)
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from lsp_agent.engine.gpu.errors import GpuLost, explain
 from lsp_agent.engine.service.residents import Resident
-from lsp_agent.errors import UserError
+from lsp_agent.errors import EngineStopping, UserError
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class EngineThread:
                 self.broken = self.broken or scheduler.broken
             except Exception as error:  # no request's fault: those are told by their generations
                 log.exception("the engine failed")
-                self.broken = UserError(f"The engine failed ({type(self.told(error)).__name__}); ask again.")
+                self.broken = EngineStopping(f"The engine failed ({type(self.told(error)).__name__}); ask again.")
         return worked
 
     def _run_calls(self) -> None:

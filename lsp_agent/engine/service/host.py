@@ -118,6 +118,7 @@ class EngineHost:
             if on_progress is not None:
                 loading.listeners.append(on_progress)
             assert loading.task is not None
+            del resident  # else what makes way would keep its memory
             await asyncio.shield(loading.task)
 
     # Work
@@ -127,6 +128,7 @@ class EngineHost:
 
         Raises `UserError` for what cannot be served.
         """
+        self._check()
         resident = self._of(engine)
         self._begin(resident)
         asked: list[Generation] = []
@@ -149,7 +151,11 @@ class EngineHost:
         return asked[0]
 
     async def call(self, engine: Engine, function: Callable[[], T]) -> T:
-        """Run `function` on the engine thread between two pieces of work; it should be short."""
+        """Run `function` on the engine thread between two pieces of work; it should be short.
+
+        Also while the host is stopping: what was begun, such as a score, is finished, and gives back what it took.
+        """
+        self._check_alive()
         resident = self._of(engine)
         self._begin(resident)
         try:
@@ -205,17 +211,17 @@ class EngineHost:
         try:
             async with self._one_at_a_time:
                 source = await asyncio.to_thread(self.catalog.source, name)
-                if (old := self._resident(name)) is not None:
-                    old.leaving = True
-                    await self._idle(old)
-                    await self._unload(old)
+                await self._retire(name)
                 await self._make_room(source)
                 loop = asyncio.get_running_loop()
 
                 def report(done: int, total: int) -> None:
                     loop.call_soon_threadsafe(loading.report, done, total)
 
-                resident = await asyncio.to_thread(self._open, source, report)
+                try:
+                    resident = await asyncio.to_thread(self._open, source, report)
+                except Exception as error:
+                    raise self.thread.told(error) from error
                 self._take_in(resident)
         finally:
             del self._loading[name]
@@ -238,17 +244,28 @@ class EngineHost:
                 return
             if time.monotonic() - began > PATIENCE_S:
                 oldest.leaving = True
-            if oldest.active or unused < GRACE_S:
+            name, wanted = oldest.name, oldest.active or unused < GRACE_S
+            del oldest  # whatever refers to it keeps its memory
+            if wanted:
                 await asyncio.sleep(0.05)
             else:
-                await self._unload(oldest)
+                await self._unload(name)
 
-    async def _idle(self, resident: Resident) -> None:
-        while resident.active:
-            await asyncio.sleep(0.05)
+    async def _retire(self, name: str) -> None:
+        """Unload the model, if it is loaded, when its work is done."""
+        while (resident := self._resident(name)) is not None:
+            resident.leaving = True
+            active = resident.active
+            del resident
+            if active:
+                await asyncio.sleep(0.05)
+            else:
+                await self._unload(name)
 
-    async def _unload(self, resident: Resident) -> None:
-        log.info("unloading %s", resident.name)
+    async def _unload(self, name: str) -> None:
+        log.info("unloading %s", name)
+        resident = self._resident(name)
+        assert resident is not None
         with self._lock:
             self.thread.residents = tuple(other for other in self._residents if other is not resident)
         await self._close(resident)
@@ -274,15 +291,17 @@ class EngineHost:
         return next((resident for resident in self._residents if resident.name == name), None)
 
     def _of(self, engine: Engine) -> Resident:
-        self._check()
         for resident in self._residents:
             if resident.engine is engine:
                 return resident
         raise UserError("The model was unloaded before the request began; ask again.")
 
-    def _check(self) -> None:
+    def _check_alive(self) -> None:
         if self.broken is not None:
             raise type(self.broken)(str(self.broken))
+
+    def _check(self) -> None:
+        self._check_alive()
         if self.stopping:
             raise EngineStopping("The engine is stopping; ask again.")
 

@@ -19,7 +19,10 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
 import pytest
+from starlette.applications import Starlette
 
 from lsp_agent import machine
 from lsp_agent.cancel import CancelToken
@@ -27,7 +30,7 @@ from lsp_agent.chat_model import Sampling
 from lsp_agent.engine.engine import Engine
 from lsp_agent.engine.gpu.errors import GpuLost
 from lsp_agent.engine.request import Request
-from lsp_agent.engine.service import engine_thread, room
+from lsp_agent.engine.service import control, engine_thread, room
 from lsp_agent.engine.service import host as hosting
 from lsp_agent.engine.service.catalog import Catalog
 from lsp_agent.engine.service.host import EngineHost
@@ -83,6 +86,19 @@ def test_a_folder_that_others_could_exchange_is_refused(chosen: Path) -> None:
     place()
 
 
+def test_a_runtime_folder_of_another_user_is_passed_over(chosen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever becomes root by `su` keeps the variable of who they were."""
+    monkeypatch.delenv("LSP_AGENT_RUNTIME_DIR")
+    (chosen.parent / "xdg").mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(chosen.parent / "xdg"))
+    monkeypatch.setattr(tempfile, "tempdir", str(chosen.parent))
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    with pytest.raises(UserError, match=f"lsp-agent-{other} belongs to another user"):
+        runtime_folder()
+    assert not (chosen.parent / "xdg" / "lsp-agent").exists()
+
+
 def test_a_path_too_long_for_a_socket_is_refused_or_passed_over(
     chosen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +135,14 @@ def test_a_process_of_the_same_number_is_not_taken_for_the_engine() -> None:
     mine = About.mine("scope", 0)
     assert mine.process is not None
     assert About(mine.pid, mine.created - 100, mine.version, mine.scope).process is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system keeps the time of day")
+def test_a_clock_that_is_set_makes_no_engine_look_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, booted = About.mine("scope", 0), psutil.boot_time()
+    for module in (psutil, psutil._pslinux):
+        monkeypatch.setattr(module, "boot_time", lambda: booted + 3600.0)
+    assert mine.process is not None
 
 
 def test_what_the_engine_holds_counts_as_free_for_choosing_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,6 +468,24 @@ def test_a_load_that_fails_leaves_the_rest(with_host: Any, loads: Loads) -> None
                 await host.engine("b")
         assert len(await generate(host, engine)) == 4
         assert loads.names == ["a", "b", "b"]
+
+    with_host(test)
+
+
+def test_a_load_that_fails_by_our_fault_is_told(with_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that only ended would look as if the engine had died."""
+
+    def fail(package: Path, **options: Any) -> Engine:
+        raise RuntimeError("PURPLE-ELEPHANT")
+
+    monkeypatch.setattr(Engine, "load", fail)
+
+    async def test(host: EngineHost) -> None:
+        app = Starlette(routes=control.routes(host, place(), About.mine("scope", 0)))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://engine") as client:
+            reply = await client.post("/engine/load", json={"model": "a"})
+        assert "cannot be loaded (RuntimeError); see" in json.loads(reply.text)["error"]["message"]
+        assert "ELEPHANT" not in reply.text
 
     with_host(test)
 

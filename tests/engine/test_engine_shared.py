@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,7 @@ from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Completion, Sampling
 from lsp_agent.engine.service import client, control_client, launch, runtime
 from lsp_agent.engine.service.client import EngineModel
+from lsp_agent.engine.service.process import seconds_of
 from lsp_agent.engine.service.runtime import About, Place, place
 from lsp_agent.errors import Cancelled, UnknownModel, UserError
 from lsp_agent.models import open_model
@@ -163,10 +165,32 @@ def test_an_engine_that_cannot_start_says_why(package: Path, monkeypatch: pytest
     monkeypatch.setenv("LSP_AGENT_ENGINE_IDLE_SECONDS", "soon")
     with pytest.raises(UserError, match="LSP_AGENT_ENGINE_IDLE_SECONDS is not a number"):
         EngineModel("tiny", package, tier="small")
+    for never in ("0", "-1", "nan"):  # it would leave before it could be asked
+        monkeypatch.setenv("LSP_AGENT_ENGINE_IDLE_SECONDS", never)
+        with pytest.raises(UserError, match="LSP_AGENT_ENGINE_IDLE_SECONDS must be more than 0"):
+            seconds_of("LSP_AGENT_ENGINE_IDLE_SECONDS", 600.0)
     monkeypatch.setenv("LSP_AGENT_ENGINE_IDLE_SECONDS", "60")
     monkeypatch.setattr(launch, "sys", type("sys", (), {"executable": shutil.which("false"), "platform": "linux"}))
     with pytest.raises(UserError, match=r"ended while it started; see .*engine-\w+\.log"):
         EngineModel("tiny", package, tier="small")
+
+
+def test_who_gives_up_while_the_engine_starts_need_not_wait(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    silent = tmp_path / "silent"
+    silent.write_text(f"#!/bin/sh\necho $$ > {pid}.new\nmv {pid}.new {pid}\nexec sleep 60\n")
+    silent.chmod(0o700)
+    monkeypatch.setattr(launch, "sys", type("sys", (), {"executable": str(silent), "platform": "linux"}))
+    cancel = CancelToken()
+    threading.Timer(0.1, cancel.cancel).start()
+    started = time.monotonic()
+    try:
+        with pytest.raises(Cancelled):
+            launch.start(place(), cancel)
+        assert time.monotonic() - started < 10
+    finally:
+        wait_for(pid.exists, "the process")
+        os.kill(int(pid.read_text()), signal.SIGKILL)
 
 
 # Dying

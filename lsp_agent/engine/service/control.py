@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from lsp_agent.engine.service.host import EngineHost
 from lsp_agent.engine.service.room import gpu_memory
 from lsp_agent.engine.service.runtime import HAS_UNIX_SOCKETS, About, Place
 from lsp_agent.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class LoadRequest(BaseModel):
@@ -43,10 +46,10 @@ class StopRequest(BaseModel):
 
 def routes(host: EngineHost, here: Place, about: About) -> list[Route]:
     """The control routes, for the server to mount."""
-    process = psutil.Process()
+    process, began = psutil.Process(), time.monotonic()
 
     async def status(request: Request) -> Response:  # noqa: ARG001 - the signature of a route
-        return JSONResponse({**_process(process, here, about), **host.status()})
+        return JSONResponse({**_process(process, here, about, time.monotonic() - began), **host.status()})
 
     async def stop(request: Request) -> Response:
         try:
@@ -61,7 +64,7 @@ def routes(host: EngineHost, here: Place, about: About) -> list[Route]:
             asked = LoadRequest.model_validate_json(await request.body() or b"{}")
         except ValidationError:
             return JSONResponse(_error('The body must be {"model": NAME}, with "package": PATH perhaps.'), 400)
-        return StreamingResponse(_load(host, asked), media_type="application/x-ndjson")
+        return StreamingResponse(_load(host, here, asked), media_type="application/x-ndjson")
 
     return [
         Route("/engine/status", status),
@@ -70,12 +73,12 @@ def routes(host: EngineHost, here: Place, about: About) -> list[Route]:
     ]
 
 
-def _process(process: psutil.Process, here: Place, about: About) -> dict[str, Any]:
+def _process(process: psutil.Process, here: Place, about: About, uptime_s: float) -> dict[str, Any]:
     return {
         "running": True,
         "pid": about.pid,
         "version": about.version,
-        "uptime_s": round(time.time() - about.created, 1),
+        "uptime_s": round(uptime_s, 1),
         "socket": str(here.socket) if HAS_UNIX_SOCKETS else None,
         "port": about.port or None,
         "token_file": str(here.token) if about.port else None,
@@ -84,7 +87,7 @@ def _process(process: psutil.Process, here: Place, about: About) -> dict[str, An
     }
 
 
-async def _load(host: EngineHost, asked: LoadRequest) -> AsyncIterator[str]:
+async def _load(host: EngineHost, here: Place, asked: LoadRequest) -> AsyncIterator[str]:
     """JSON lines: `{"progress": [done, total]}` while it loads, then `{"loaded": …}` or `{"error": …}`."""
     lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
@@ -97,6 +100,9 @@ async def _load(host: EngineHost, asked: LoadRequest) -> AsyncIterator[str]:
             lines.put_nowait({"loaded": {"name": name, "context_length": engine.context_length}})
         except UserError as error:
             lines.put_nowait(_error(str(error), getattr(error, "code", None), int(error.exit_code)))
+        except Exception as error:
+            log.exception("a model cannot be loaded")
+            lines.put_nowait(_error(f"The model cannot be loaded ({type(error).__name__}); see {here.log}."))
         finally:
             lines.put_nowait(None)
 

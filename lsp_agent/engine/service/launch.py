@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.engine.service.runtime import About, Place
@@ -58,17 +58,22 @@ def start(place: Place, cancel: CancelToken, options: Sequence[str] = ()) -> boo
         )
     assert process.stdout is not None
     threading.Thread(target=process.wait, name="reap the engine", daemon=True).start()
-    with process.stdout as pipe:
-        try:
-            for line in until_cancelled(pipe, cancel, START_TIMEOUT_S):
-                said = json.loads(line)
-                if "error" in said:
-                    raise UserError(said["error"], ExitCode(said.get("exit_code", ExitCode.ENVIRONMENT)))
-                return bool(said["ready"])
-        except TimeoutError:
-            process.kill()
-            raise UserError(f"The engine did not start within {START_TIMEOUT_S:.0f} s; see {place.log}.") from None
+    try:
+        for line in until_cancelled(_lines(process.stdout), cancel, START_TIMEOUT_S):
+            said = json.loads(line)
+            if "error" in said:
+                raise UserError(said["error"], ExitCode(said.get("exit_code", ExitCode.ENVIRONMENT)))
+            return bool(said["ready"])
+    except TimeoutError:
+        process.kill()
+        raise UserError(f"The engine did not start within {START_TIMEOUT_S:.0f} s; see {place.log}.") from None
     raise UserError(f"The engine ended while it started; see {place.log}.")
+
+
+def _lines(pipe: IO[bytes]) -> Iterator[bytes]:
+    """Read until the engine closes it; who reads closes it too, since closing from another thread would wait."""
+    with pipe:
+        yield from pipe
 
 
 def _detached() -> dict[str, Any]:

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from lsp_agent import __version__
 from lsp_agent.engine.service.launch import START_TIMEOUT_S, wait_until
 from lsp_agent.engine.service.logs import log_to
-from lsp_agent.engine.service.runtime import HAS_UNIX_SOCKETS, About, Place, place, write_private
+from lsp_agent.engine.service.runtime import HAS_UNIX_SOCKETS, OVERRIDE, About, Place, place, write_private
 from lsp_agent.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -97,9 +97,12 @@ def seconds_of(variable: str, default: float) -> float:
     """The seconds that an environment variable says. Raises `UserError`."""
     text = os.environ.get(variable, "")
     try:
-        return float(text) if text else default
+        seconds = float(text) if text else default
     except ValueError as error:
         raise UserError(f"{variable} is not a number of seconds: {text!r}.", ExitCode.USAGE) from error
+    if not seconds > 0:  # nor what is not a number
+        raise UserError(f"{variable} must be more than 0 seconds, not {text!r}.", ExitCode.USAGE)
+    return seconds
 
 
 def _lock(here: Place) -> FileLock | None:
@@ -251,8 +254,15 @@ def _take_signals(host: EngineHost) -> None:
 def _listen_at(path: Path) -> socket.socket:
     os.umask(0o177)  # the socket is the user's only, whatever folder it is in
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(str(path))
-    os.umask(0o077)
+    try:
+        listener.bind(str(path))
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"There can be no socket {path} ({error.strerror}); set {OVERRIDE} to another folder."
+        ) from error
+    finally:
+        os.umask(0o077)
     listener.listen(128)
     return listener
 

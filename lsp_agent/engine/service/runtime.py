@@ -33,7 +33,7 @@ _SCOPE = ("LSP_AGENT_MANIFEST_DIR", "LSP_AGENT_DEVICE")
 
 @dataclass(frozen=True)
 class About:
-    """What an engine tells of itself in a file. `created` (Unix seconds) tells its process from another of that id.
+    """What an engine tells of itself in a file. `created` (see `_created`) tells its process from another of that id.
 
     `port`: of the loopback, 0 if it listens on a unix socket alone.
     """
@@ -47,14 +47,14 @@ class About:
     @classmethod
     def mine(cls, scope: str, port: int) -> About:
         """About this process."""
-        return cls(os.getpid(), psutil.Process().create_time(), __version__, scope, port)
+        return cls(os.getpid(), _created(psutil.Process()), __version__, scope, port)
 
     @property
     def process(self) -> psutil.Process | None:
         """The process; None when it is gone."""
         try:
             process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.created) < 1.0
+            same = abs(_created(process) - self.created) < 1.0
             return process if same and process.status() != psutil.STATUS_ZOMBIE else None
         except psutil.Error:
             return None
@@ -68,6 +68,17 @@ class About:
         except psutil.Error:
             return 0
         return used.rss - getattr(used, "shared", 0) if used else 0
+
+
+def _created(process: psutil.Process) -> float:
+    """When a process began, in seconds that stay the same. Raises `psutil.Error`.
+
+    Linux knows it since the boot; psutil makes a time of day of it, which moves when the clock is set, as after a
+    laptop's sleep.
+    """
+    since = psutil.boot_time() if sys.platform == "linux" else 0.0
+    created: float = process.create_time()
+    return created - since
 
 
 @dataclass(frozen=True)
@@ -177,11 +188,12 @@ def runtime_folder(room: int = 0) -> Path:
 
 def _candidates() -> Iterator[Path]:
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    if runtime and os.access(runtime, os.W_OK | os.X_OK):
-        yield Path(runtime) / "lsp-agent"
     if not hasattr(os, "getuid"):
         yield state_dir().absolute() / "run"
         return
+    # `su` and `sudo -E` leave another user's folder in the variable.
+    if runtime and os.access(runtime, os.W_OK | os.X_OK) and Path(runtime).stat().st_uid == os.getuid():
+        yield Path(runtime) / "lsp-agent"
     for parent in (tempfile.gettempdir(), "/tmp"):  # noqa: S108 - what is made in it is checked
         if os.access(parent, os.W_OK | os.X_OK):
             yield Path(parent) / f"lsp-agent-{os.getuid()}"
@@ -203,7 +215,8 @@ def _private(folder: Path) -> Path:
         raise UserError(f"{folder} belongs to another user, who could pose as the engine; set {OVERRIDE} to another.")
     if stat.S_IMODE(about.st_mode) & 0o077:
         raise UserError(f"Others may open {folder}; run `chmod 700 {folder}`, or set {OVERRIDE} to another.")
-    if parent.st_mode & 0o022 and not parent.st_mode & stat.S_ISVTX:
+    theirs = parent.st_mode & 0o022 or parent.st_uid not in (0, os.getuid())
+    if theirs and not parent.st_mode & stat.S_ISVTX:
         raise UserError(f"Others may replace what is in {folder.parent}; set {OVERRIDE} to a folder elsewhere.")
     return folder
 

@@ -187,6 +187,28 @@ def test_https_to_a_server_without_it_is_told(server: ModelServer) -> None:
         check(Backend(url=server.url.replace("http:", "https:")))
 
 
+@pytest.mark.parametrize(
+    ("url", "variable", "value"),
+    [
+        ("https://127.0.0.1:9/v1", "SSL_CERT_FILE", "/no/such/file"),
+        ("https://models.example/v1", "HTTPS_PROXY", "garbage://proxy"),
+        ("http://\u2603\u2603.-/v1", "", ""),
+    ],
+)
+def test_surroundings_that_cannot_work_are_one_sentence(
+    url: str, variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variable:
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=r"cannot be asked .*: check that address"):
+        check(Backend(url=url))
+
+
+def test_a_list_of_models_of_odd_shape_is_read_as_far_as_it_goes(server: ModelServer) -> None:
+    server.models = [{"id": "x", "meta": [1], "aliases": 5}]
+    assert check(Backend(url=server.url, model="x")).name == "x"
+
+
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, arguments, standalone_mode=False)
 

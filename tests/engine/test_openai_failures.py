@@ -20,6 +20,7 @@ from starlette.responses import Response, StreamingResponse
 
 from lsp_agent.cancel import CancelToken
 from lsp_agent.chat_model import Sampling
+from lsp_agent.engine.remote import connection
 from lsp_agent.errors import Cancelled, PromptTooLong, UnknownModel, UserError
 
 
@@ -65,6 +66,19 @@ def test_a_busy_server_is_waited_for_as_long_as_it_asks(start: Start) -> None:
     assert chat(model)[0].text == "hi" and len(server.asked) == 3
 
 
+def test_a_busy_server_that_asks_for_no_wait_is_not_asked_for_ever(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "LONGEST_WAIT_S", 0.6)
+    server, model = start(lambda path, body: refused(429, {}, **{"retry-after": "0"}))
+    end = threading.Timer(10, setattr, (server, "answer", lambda path, body: said("at last")))
+    end.start()
+    with pytest.raises(UserError, match="is busy"):
+        chat(model)
+    end.cancel()
+    assert len(server.asked) <= 4
+
+
 def test_waiting_for_a_busy_server_ends_with_the_cancellation(start: Start) -> None:
     cancel = CancelToken()
 
@@ -85,6 +99,21 @@ def test_a_dropped_connection_is_tried_again_once(start: Start) -> None:
     assert len(server.asked) == 2
     broken.append(streamed(delta(content="on"), breaks=True))
     assert chat(model)[0].text == "hi" and len(server.asked) == 4
+
+
+@pytest.mark.parametrize(
+    ("answer", "what"),
+    [
+        (lambda: streamed({"choices": [None]}), "without the API's shape"),
+        (lambda: streamed({"choices": 5}), "without the API's shape"),
+        (lambda: streamed(delta(content=["a"])), "without the API's shape"),
+        (lambda: Response(b"no gzip", headers={"content-encoding": "gzip"}), "not compressed as it says"),
+    ],
+)
+def test_what_no_server_should_send_is_one_sentence(start: Start, answer: Any, what: str) -> None:
+    _, model = start(lambda path, body: answer())
+    with pytest.raises(UserError, match=what):
+        chat(model)
 
 
 def test_a_gateway_error_is_tried_again_once(start: Start) -> None:

@@ -170,7 +170,7 @@ def look(backend: Backend, connection: Connection, cancel: CancelToken) -> Serve
     entry = _entry(backend, replies.model_entries(reply.body) if reply.status == 200 else [])
     name = str(entry["id"])
     kind = kind_of(entry.get("owned_by"))
-    meta = entry.get("meta") or {}
+    meta = entry["meta"] if isinstance(entry.get("meta"), Mapping) else {}
     context = backend.context_length or next(
         (
             number
@@ -202,7 +202,8 @@ def _entry(backend: Backend, entries: list[Mapping[str, Any]]) -> Mapping[str, A
             raise UserError(f"{where} has several models ({names}): set backend.model to one of them.")
         return entries[0]
     for entry in entries:
-        if wanted in (entry["id"], str(entry["id"]).removesuffix(":latest")) or wanted in (entry.get("aliases") or ()):
+        aliases = entry["aliases"] if isinstance(entry.get("aliases"), list) else ()
+        if wanted in (entry["id"], str(entry["id"]).removesuffix(":latest"), *aliases):
             return {**entry, "id": wanted}
     raise UnknownModel(f"{where} has no model {wanted!r}; it has {names}: set backend.model to one of them.")
 

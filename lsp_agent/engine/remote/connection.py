@@ -29,6 +29,8 @@ BUSY = frozenset({429, 503})
 """Statuses of a server that may answer later, perhaps with `Retry-After`."""
 LONGEST_WAIT_S = 60.0
 """How long a busy server is waited for in all."""
+LEAST_WAIT_S = 0.25
+"""Between two questions to a busy server, also where it says that none is needed: it may say so for ever."""
 LARGEST_ANSWER = 64 << 20
 """Bytes of an answer; no honest one is as large."""
 
@@ -190,14 +192,13 @@ class Connection:
         """On the loop only. A client for each place; of a place that moved, the old one is left to its requests."""
         key = address.url, address.socket
         if key not in self._clients:
-            verify = address.url.startswith("https:")  # otherwise there is nothing to load certificates for
-            transport = None
-            if address.socket or address.direct:  # a client with a transport of its own heeds no proxy
-                socket = str(address.socket) if address.socket else None
-                transport = httpx.AsyncHTTPTransport(verify=verify, uds=socket)
-            self._clients[key] = httpx.AsyncClient(
-                transport=transport, verify=verify, timeout=self._timeout, follow_redirects=False
-            )
+            try:
+                self._clients[key] = _open_client(address, self._timeout)
+            except (OSError, ValueError, ImportError, httpx.InvalidURL) as error:
+                raise UserError(
+                    f"{address.url} cannot be asked ({error}): check that address, and SSL_CERT_FILE, SSL_CERT_DIR, "
+                    "HTTPS_PROXY and ALL_PROXY where they are set."
+                ) from error
         return self._clients[key]
 
     async def _exchange(
@@ -207,18 +208,35 @@ class Connection:
         timeout = self._timeout if timeout_s is None else httpx.Timeout(timeout_s)
         client, headers = self._client(address), dict(address.headers)
         async with client.stream(method, root + path, json=body, headers=headers, timeout=timeout) as response:
-            kind = response.headers.get("content-type", "")
-            if response.status_code == 200 and kind.startswith("text/event-stream"):
-                collected = await _collect(response)
-                return Reply(collected.status, collected.body, response.headers)
-            content = b""
-            async for piece in response.aiter_bytes():
-                content += piece
-                _check_size(len(content))
             try:
-                return Reply(response.status_code, json.loads(content), response.headers)
-            except (ValueError, RecursionError):
-                return Reply(response.status_code, None, response.headers)
+                return await _read(response)
+            except httpx.DecodingError as error:
+                raise httpx.RemoteProtocolError("the answer is not compressed as it says") from error
+
+
+def _open_client(address: Address, timeout: httpx.Timeout | None) -> httpx.AsyncClient:
+    httpx.URL(address.url)  # raises for hosts that have no encoding
+    verify = address.url.startswith("https:")  # otherwise there is nothing to load certificates for
+    transport = None
+    if address.socket or address.direct:  # a client with a transport of its own heeds no proxy
+        socket = str(address.socket) if address.socket else None
+        transport = httpx.AsyncHTTPTransport(verify=verify, uds=socket)
+    return httpx.AsyncClient(transport=transport, verify=verify, timeout=timeout, follow_redirects=False)
+
+
+async def _read(response: httpx.Response) -> Reply:
+    kind = response.headers.get("content-type", "")
+    if response.status_code == 200 and kind.startswith("text/event-stream"):
+        collected = await _collect(response)
+        return Reply(collected.status, collected.body, response.headers)
+    content = bytearray()
+    async for piece in response.aiter_bytes():
+        content += piece
+        _check_size(len(content))
+    try:
+        return Reply(response.status_code, json.loads(content), response.headers)
+    except (ValueError, RecursionError):
+        return Reply(response.status_code, None, response.headers)
 
 
 async def _collect(response: httpx.Response) -> Collected:
@@ -231,6 +249,8 @@ async def _collect(response: httpx.Response) -> Collected:
             collected.add(json.loads(data))
         except (ValueError, RecursionError) as error:
             raise httpx.RemoteProtocolError("the stream held something that is not JSON") from error
+        except (TypeError, AttributeError, LookupError) as error:
+            raise httpx.RemoteProtocolError("the stream held something without the API's shape") from error
     if not collected.complete:
         raise httpx.RemoteProtocolError("the stream ended before the answer did")
     return collected
@@ -258,7 +278,7 @@ def _delay(reply: Reply, waits: int) -> float:
     asked = reply.headers.get("retry-after", "").strip()
     if asked:
         with contextlib.suppress(ValueError):
-            return max(0.0, float(asked))
+            return max(LEAST_WAIT_S, float(asked))
         with contextlib.suppress(ValueError, TypeError):
-            return max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
+            return max(LEAST_WAIT_S, parsedate_to_datetime(asked).timestamp() - time.time())
     return min(8.0, 0.5 * 2**waits)

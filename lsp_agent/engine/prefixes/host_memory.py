@@ -49,14 +49,12 @@ class HostMemory:
         self.used = self.most_used = 0
         self.evict: Callable[[], bool] = lambda: False
 
-    def arrays(
-        self, shapes: Shapes, forced: bool = False, make: Callable[[int], np.ndarray] | None = None
-    ) -> dict[str, np.ndarray] | None:
-        """Arrays in one buffer of `make(bytes)`; None when there is no room. `forced`: beyond the limit if need be."""
+    def arrays(self, shapes: Shapes, forced: bool = False) -> dict[str, np.ndarray] | None:
+        """Arrays in one buffer; None when there is no room. `forced`: beyond the limit if need be."""
         size = bytes_of(shapes)
         if not forced and not self.make_room(size):
             return None
-        buffer = make(size) if make is not None else zero_pages(size, written_whole=True)
+        buffer = zero_pages(size, written_whole=True)
         self.used += size
         self.most_used = max(self.most_used, self.used)
         weakref.finalize(buffer, _freed, weakref.ref(self), size).atexit = False

@@ -85,8 +85,7 @@ class RecurrentCopies:
 
     def copied(self, arrays: Mapping[str, Array], memory: HostMemory) -> Mapping[str, np.ndarray] | None:
         """A copy of such arrays in main memory; None when there is no room."""
-        # All are of one size, so those that the device keeps are used again.
-        copied = memory.arrays(self._shapes, make=self._device.buffer)
+        copied = memory.arrays(self._shapes)
         if copied is not None:
             for name, array in copied.items():
                 self._device.fetch(arrays[name], array)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MAX_ANSWERS = 4096
 MAX_TOKENS = 1 << 22
-"""Of all remembered answers; 4 bytes each."""
+"""Of all remembered answers and of their turns' openings; 4 bytes each."""
 
 
 class Prefix:
@@ -74,7 +74,7 @@ class AnswerMemory:
             self._forget(key)
             self._answers[key] = array("i", prompt[turn:]), array("i", said)
             self._messages[key[1]] += 1
-            self._tokens += len(said)
+            self._tokens += len(prompt) - turn + len(said)
             while len(self._answers) > MAX_ANSWERS or self._tokens > MAX_TOKENS:
                 self._forget(next(iter(self._answers)))
 
@@ -118,7 +118,7 @@ class AnswerMemory:
 
     def _forget(self, key: tuple[bytes, bytes]) -> None:
         if found := self._answers.pop(key, None):
-            self._tokens -= len(found[1])
+            self._tokens -= len(found[0]) + len(found[1])
             self._messages[key[1]] -= 1
             if not self._messages[key[1]]:
                 del self._messages[key[1]]

@@ -216,9 +216,19 @@ def test_memory_is_bounded_and_forgets_what_was_used_least_lately(tokenizer_of, 
     tokenizer.chat([*turns, {"role": "user", "content": "more"}])
     answer(tokenizer, prompts[3], "answer 3")
     assert known() == [True, False, True, True, False]
-    monkeypatch.setattr(answer_memory, "MAX_TOKENS", 20)
+    monkeypatch.setattr(answer_memory, "MAX_TOKENS", 44)
     answer(tokenizer, prompts[4], "answer 4")
     assert known() == [False, False, False, True, True]
+
+
+def test_a_prompt_in_which_no_turn_is_marked_counts_with_its_answer(tokenizer_of, monkeypatch) -> None:
+    tokenizer = tokenizer_of("qwen2.5-coder")
+    prompts = [tokenizer.encode_text(f"{number}" + " word" * 50) for number in range(3)]
+    monkeypatch.setattr(answer_memory, "MAX_TOKENS", 2 * len(prompts[0]))
+    for number, prompt in enumerate(prompts):
+        answer(tokenizer, prompt, f"answer {number}")
+    known = [tokenizer.answers.knows({"role": "assistant", "content": f"answer {i}"}) for i in range(3)]
+    assert known == [False, False, True]
 
 
 @pytest.mark.parametrize("template", REAL)

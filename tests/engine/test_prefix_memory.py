@@ -108,6 +108,31 @@ def test_moving_tokens_stops_in_time_and_goes_on(decoder_of, name):
     assert reader.cache.take(ids, boundaries) is None and not reader.cache.unfinished
 
 
+@pytest.mark.parametrize("name", [HYBRID, ATTENTION])
+def test_a_state_that_was_overwritten_in_part_is_not_taken_for_what_it_was(decoder_of, name, monkeypatch):
+    decoder = decoder_of(name)
+    reader = Witness(decoder, PrefixCache(decoder.states, CONTEXT, 1, decoder.device, 1 << 28))
+    system = Transcript(1).add("system", 200)
+    short, long = system.branch(1, 2).add("user", 10), system.branch(1, 3).add("user", 1200)
+    for talk in (long, short):
+        reader.ask(talk)
+    read, parts = reader.cache._store.read, []
+
+    def fails_at_last(part):
+        parts.append(part)
+        if part.stop > 1024:
+            raise MemoryError
+        return read(part)
+
+    monkeypatch.setattr(reader.cache._store, "read", fails_at_last)
+    with pytest.raises(MemoryError):
+        reader.cache.take(*long.add("user", 5).prompt())
+    assert len(parts) > 1
+    monkeypatch.undo()
+    state = reader.cache.take(*short.add("user", 5).prompt())
+    assert state.length == 0 or reader.unread(state) == []
+
+
 def test_what_a_row_of_a_batch_has_read_is_remembered(decoder_of):
     for name in (HYBRID, ATTENTION):
         decoder = decoder_of(name)

@@ -318,7 +318,7 @@ class PrefixCache:
                 return False
             try:
                 target.write(part.start, self._store.read(part))
-            except PrefixLostError:
+            except Exception:
                 target.resume([], {})  # some of what it had read is overwritten
                 raise
         target.resume(wanted[: plan.length], recurrent)

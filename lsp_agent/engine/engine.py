@@ -39,7 +39,7 @@ CPU_ROW_CONTEXT = 32768
 
 
 class Engine:
-    """Generates and scores text. Not thread-safe: one request at a time."""
+    """Generates and scores text. Requests come from any thread (`submit`); all else is for the one that runs it."""
 
     def __init__(
         self,
@@ -166,9 +166,10 @@ class Engine:
     def score(self, ids: Sequence[int], cancel: CancelToken) -> list[float]:
         """Natural-log probability of each of `ids[1:]` given all tokens before it."""
         scoring = self.scoring(ids, cancel)
+        self.scheduler.drop_unwanted()
         try:
             while not scoring.done:
-                if not scoring.advance():
+                if not scoring.advance() and not self.scheduler.make_room():
                     raise UserError("The engine has no state left to score with; wait until an answer is done.")
         finally:
             scoring.close()

@@ -59,6 +59,19 @@ def test_logprobs_are_the_scores_of_the_whole_text(tiny_engine):
     np.testing.assert_allclose([step.logprob for step in steps], scores[len(ids) - 1 :], atol=1e-4)
 
 
+def test_answers_that_nobody_waits_for_are_in_nobody_s_way(tiny_engine):
+    engine = tiny_engine()
+    engine.prefixes.clear()
+    kept = [engine.generate([number] * 9, Sampling(max_tokens=9), CancelToken()) for number in range(5)]
+    for generation in kept:
+        next(generation)
+    assert engine.prefixes.empty() is None
+    expected = engine.score([5, 6, 7], CancelToken())  # who decodes in a row can do without a state
+    del kept, generation
+    assert engine.score([5, 6, 7], CancelToken()) == pytest.approx(expected)
+    assert engine.prefixes.stats().taken == 0
+
+
 def test_scored_text_is_located(tiny_engine):
     text = "def f(é):\n    return é\n"
     scores = tiny_engine().score_text(text, CancelToken())
@@ -145,6 +158,15 @@ def test_cancelling_during_prefill_leaves_a_usable_engine(tiny_engine):
                 engine.prefixes.release(engine.prefixes.empty())
         assert time.monotonic() - started < 2
     assert [step.token for step in greedy(engine, [5] * 400, 4)] == expected
+
+
+def test_cancelling_at_the_last_moment_is_heeded(tiny_engine, monkeypatch):
+    engine, cancel = tiny_engine(), CancelToken()
+    monkeypatch.setattr(
+        engine.scheduler, "_accept", lambda accept=engine.scheduler._accept: (accept(), cancel.cancel())
+    )
+    with pytest.raises(Cancelled):
+        next(engine.generate([5] * 9, Sampling(), cancel))
 
 
 def test_prompts_that_do_not_fit_are_refused_and_answers_end_at_the_context(tiny_package):

@@ -87,7 +87,7 @@ class Generation(Iterator[Step]):
         while not job.results:
             if job.ended:
                 raise StopIteration
-            if not self._scheduler.advance():
+            if not self._scheduler.advance() and not job.ended:  # it ends there when it is cancelled meanwhile
                 raise RuntimeError("the scheduler forgot a request")  # a bug; better than waiting for ever
         result = job.results.popleft()
         if isinstance(result, Step):

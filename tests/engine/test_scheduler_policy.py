@@ -15,6 +15,7 @@ from lsp_agent.engine.request import INTERACTIVE, Request, Step
 from lsp_agent.engine.sampling import HostLogits
 from lsp_agent.engine.scheduling.batch import Batch
 from lsp_agent.engine.scheduling.scheduler import Scheduler
+from lsp_agent.errors import Cancelled
 
 A_TOKEN, A_RUN, A_STEP, A_ROW = 0.005, 0.01, 0.03, 0.01
 """Seconds: a token of a prompt and a run over some, a step and each further row of it."""
@@ -220,16 +221,73 @@ def test_a_lost_gpu_ends_all_requests_and_refuses_more():
     for _ in range(3):
         service.scheduler.submit(Request([5] * 20, Sampling(max_tokens=9)), ends.append)
     service.run(lambda: service.decoder.rows.count(3) == 2)
+    service.scheduler.submit(Request([5] * 20, Sampling(max_tokens=9)), ends.append)  # it is not taken on yet
+    accept, service.scheduler._accept = service.scheduler._accept, lambda: None
 
     def lost(*_):
         raise RuntimeError("CUDA failure 700: an illegal memory access was encountered")
 
     service.decoder.step = service.decoder.run = lost
     service.prefixes.release = service.prefixes.keep = lost  # nothing that it held can be touched
+    service.run(lambda: service.scheduler.broken)
+    service.scheduler._accept = accept
     service.run()
-    assert [type(one) for one in ends if not isinstance(one, Step)] == [GpuLost] * 3
+    assert [type(one) for one in ends if not isinstance(one, Step)] == [GpuLost] * 4
     with pytest.raises(GpuLost):
         service.ask("late", 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("error", "end"), [(MemoryError(), Cancelled), (RuntimeError("CUDA failure 700: an illegal address"), GpuLost)]
+)
+def test_what_goes_wrong_where_an_answer_is_kept_is_no_other_request_s_fault(error, end):
+    service = Service(slots=1, rows=4)
+    kept, ends = [], []
+    gone = CancelToken()
+    service.scheduler.submit(Request([5] * 20, Sampling(max_tokens=40), gone), ends.append)
+    service.scheduler.submit(Request([6] * 20, Sampling(max_tokens=40)), kept.append)
+    service.run(lambda: len(kept) > 5 and len(ends) > 5)
+
+    def fail(*_):
+        raise error
+
+    service.prefixes.release = service.prefixes.keep = fail
+    gone.cancel()
+    assert service.scheduler.advance() == (end is Cancelled)
+    del service.prefixes.release, service.prefixes.keep
+    service.run()
+    assert isinstance(ends[-1], end)
+    assert len(service.scheduler._stepper._batch.rows) == (0 if end is Cancelled else 1)
+    assert (len(kept) == 41 and kept[-1] is None) if end is Cancelled else isinstance(kept[-1], GpuLost)
+
+
+def test_a_state_that_other_work_gives_back_is_taken_at_once():
+    service = Service(slots=2, rows=1)
+    held = service.prefixes.empty()
+    service.ask("first", 20, 400)
+    second = service.ask("second", 20, 5)
+    service.run(lambda: service.now > 2)
+    assert not second.times
+    service.prefixes.release(held)
+    service.run(lambda: second.times)
+    assert second.first < 2.5
+    service.run()
+
+
+def test_rows_survive_where_there_is_no_memory_for_another(monkeypatch):
+    service = Service(slots=1, rows=3)
+    asked = [service.ask(str(number), 20, 20) for number in range(2)]
+    service.run(lambda: all(len(one.times) > 3 for one in asked))
+
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "join", fail)
+        asked.append(service.ask("third", 20, 20))
+        service.run(lambda: service.now > asked[-1].asked + 1)
+    service.run()
+    assert [len(one.times) for one in asked] == [20] * 3
 
 
 def test_requests_that_cannot_be_copied_into_rows_fail_and_others_are_served(monkeypatch):

@@ -153,12 +153,12 @@ class Scheduler:
     def _take_state(self, one: Decoding, now: float) -> bool:
         """Give it a state, somebody else's if need be."""
         busy = self._decoding or any(other.state is not None for other in self._waiting)
-        state = None
-        if not busy or now >= self._full_until:
-            state = self._take(one)
+        asks = not busy or now >= self._full_until
+        state = self._take(one) if asks else None
         while state is None and not self._prefixes.unfinished:
             if not self._free_state(one, now):
-                self._full_until = now + FULL_S
+                if asks:  # a state may be given back by others than those who decode
+                    self._full_until = now + FULL_S
                 break
             state = self._take(one)
         if state is None:
@@ -203,14 +203,17 @@ class Scheduler:
         one.progressed = now
 
     def _leave_row(self, one: Decoding) -> None:
-        if one.state is None and (held := self._stepper.row_state(one)) is not None:
-            self._prefixes.keep(held)
-        self._stepper.leave(one)
+        try:
+            if one.state is None and (held := self._stepper.row_state(one)) is not None:
+                self._prefixes.keep(held)
+        finally:
+            self._stepper.leave(one)
 
     def _release(self, one: Decoding) -> None:
-        if one.state is not None:
-            self._prefixes.release(one.state)
-            one.state, self._full_until = None, 0.0
+        state, one.state = one.state, None
+        if state is not None:
+            self._full_until = 0.0
+            self._prefixes.release(state)
 
     # Reading
 
@@ -303,13 +306,19 @@ class Scheduler:
         sentence = explain(error)
         if sentence is not None:
             sentence.__cause__ = error
-        if isinstance(sentence, GpuLost) and self.broken is None:
-            self.broken = sentence
-            self._decoding, self._waiting = [], []
-            for job in list(self._jobs):  # what they held cannot even be given back
-                self._end(job, sentence)
+        if isinstance(sentence, GpuLost):
+            self._break(sentence)
         elif self.broken is None:
             self._drop(one.job, sentence or error)
+
+    def _break(self, lost: GpuLost) -> None:
+        """End all requests; what they held cannot even be given back."""
+        if self.broken is None:
+            self.broken = lost
+            self._decoding, self._waiting = [], []
+            for job in [*self._jobs, *self._submitted]:
+                self._end(job, lost)
+            self._submitted.clear()
 
     def _drop(self, job: Job, error: Exception) -> None:
         for one in job.decodings:
@@ -319,8 +328,14 @@ class Scheduler:
     def _retire(self, one: Decoding) -> None:
         """Give back what an answer held; what it read is remembered."""
         one.ended = True
-        self._leave_row(one)
-        self._release(one)
+        for give_back in (self._leave_row, self._release):
+            try:
+                give_back(one)
+            except Exception as error:  # such as for want of memory to remember it in: nobody else's fault
+                if isinstance(lost := explain(error), GpuLost):
+                    self._break(lost)
+                else:
+                    log.exception("What an answer has read is not remembered.")
         for queue in (self._waiting, self._decoding):
             if one in queue:
                 queue.remove(one)

@@ -69,8 +69,10 @@ class Stepper:
         row = self._row(one)
         if row is None or self._batch is None:
             return
-        self.sync(one)
-        self._batch.leave(row)
+        try:
+            self.sync(one)
+        finally:
+            self._batch.leave(row)
 
     def row_state(self, one: Decoding) -> State | None:
         """What its row holds, as a state to be read from; None without a row."""
@@ -180,9 +182,10 @@ class Stepper:
                 return None
             return self._batch.join(one, source)
         except MemoryError:
-            log.warning("There is no memory to decode several answers in one run; they take turns.")
-            self._rows, self._batch = 1, None
-            return None
+            if self._batch is None:
+                log.warning("There is no memory to decode several answers in one run; they take turns.")
+                self._rows = 1
+            return None  # what is in other rows may be nowhere else
 
     def _make_room(self) -> bool:
         """Free a row whose owner has a state of its own and did not step with the others."""

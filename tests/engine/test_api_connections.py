@@ -204,3 +204,18 @@ def test_the_loop_answers_while_a_long_prompt_is_tokenised_and_decoded(tiny_engi
         asking.join()
     assert len(waits) > 5
     assert sorted(waits)[int(len(waits) * 0.95)] < 0.1
+
+
+def test_a_model_is_kept_while_a_request_to_it_is_prepared() -> None:
+    """Tokenising a long prompt takes longer than a model without work stays loaded beside one that wants its place."""
+    kept: list[bool] = []
+
+    class Preparing(Speaker):
+        def chat_prompt(self, *asked: Any) -> Any:
+            kept.append(service.host.busy)
+            return super().chat_prompt(*asked)
+
+    with serving({"speaker": Preparing(["hello"])}) as service:
+        assert service.http().post(CHAT, json={"messages": HI}).status_code == 200
+        until(lambda: not service.host.busy)
+    assert kept == [True]

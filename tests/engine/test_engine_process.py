@@ -459,6 +459,16 @@ def test_an_engine_that_failed_sends_who_asks_to_the_next_one(
     with_host(test)
 
 
+def test_a_model_whose_package_was_removed_is_in_nobodys_way(with_host: Any, loads: Loads) -> None:
+    async def test(host: EngineHost) -> None:
+        engine = await host.engine("a")
+        shutil.rmtree(host.catalog.source("a").package)
+        await host.engine("b")
+        assert loaded(host) == ["a", "b"] and len(await generate(host, engine)) == 4
+
+    with_host(test)
+
+
 def test_a_load_that_fails_leaves_the_rest(with_host: Any, loads: Loads) -> None:
     async def test(host: EngineHost) -> None:
         engine = await host.engine("a")

@@ -88,7 +88,8 @@ class Exchange(Generic[Generating]):
         try:
             with self._serving.admission.enter(self._asker.client):
                 engine, model = await self._serving.engine(self._body.model)
-                prepared = await self._threaded(self._prepare, engine, model, self._body, self._asker)
+                with self._serving.host.using(engine):
+                    prepared = await self._threaded(self._prepare, engine, model, self._body, self._asker)
                 about = {"id": f"{self._kind.prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
                 about |= {"model": model.name, "system_fingerprint": shapes.FINGERPRINT}
                 async with contextlib.aclosing(self._answer(engine, prepared)) as objects:

@@ -7,7 +7,8 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from lsp_agent.engine.scheduling.generation import Generation
 from lsp_agent.engine.service.catalog import Catalog, ServedModel, Source
 from lsp_agent.engine.service.engine_thread import EngineThread
 from lsp_agent.engine.service.residents import Loading, OnProgress, Resident
-from lsp_agent.engine.service.room import fit, give_back_memory
+from lsp_agent.engine.service.room import fit, give_back_memory, needed_memory
 from lsp_agent.errors import EngineStopping, UserError
 
 log = logging.getLogger(__name__)
@@ -122,6 +123,16 @@ class EngineHost:
             await asyncio.shield(loading.task)
 
     # Work
+
+    @contextmanager
+    def using(self, engine: Engine) -> Iterator[None]:
+        """Keep the model loaded while a request to it is prepared. Raises `UserError` when it is not."""
+        resident = self._of(engine)
+        self._begin(resident)
+        try:
+            yield
+        finally:
+            self._end(resident)
 
     def submit(self, engine: Engine, request: Request, on_step: OnStep) -> Generation:
         """Queue a request; `on_step` is called on the engine thread with each step, then with None or the error.
@@ -232,7 +243,7 @@ class EngineHost:
         threading.Thread(target=render, args=("", (), (), {}), name="warm up", daemon=True).start()
         engine = Engine.load(source.package, threads=self._threads, context=source.context, on_progress=report)
         log.info("loaded %s in %.1f s", source.name, time.monotonic() - started)
-        return Resident(source, engine, source.name, stamp)
+        return Resident(source, engine, source.name, stamp, needed_memory(source.package))
 
     async def _make_room(self, source: Source) -> None:
         """Unload models that were not used for longest until this one fits, or nothing is left to unload."""

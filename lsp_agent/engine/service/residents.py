@@ -23,13 +23,15 @@ RECENT = 32
 class Resident:
     """A loaded model. Times are monotonic seconds, `loaded_at` Unix seconds; `active` counts its unfinished work.
 
-    `leaving`: it takes nothing new and is unloaded when its work is done.
+    `memory`: bytes of main memory by estimate, since the package may be removed meanwhile. `leaving`: it takes nothing
+    new and is unloaded when its work is done.
     """
 
     source: Source | None
     engine: Engine
     name: str
     stamp: tuple[int, ...] = ()
+    memory: int = 0
     loaded_at: float = field(default_factory=time.time)
     last_used: float = field(default_factory=time.monotonic)
     active: int = 0

@@ -40,8 +40,7 @@ Fit = Literal["well", "somehow", "not"]
 def fit(source: Source, residents: Iterable[Resident]) -> Fit:
     """How the model can be loaded with all others staying."""
     needed = needed_memory(source.package)
-    others = [resident.source.package for resident in residents if resident.source]
-    if needed + sum(map(needed_memory, others)) > memory_limit():
+    if needed + sum(resident.memory for resident in residents) > memory_limit():
         return "not"
     kind = _kind_on_gpu(source)
     on_cpu = needed <= usable_memory()

@@ -63,8 +63,8 @@ class CudaGraph(GraphBuilder):
         if self._raw_mxfp4 or (self._staging is not None and self._staging.stages_scales):
             # What is packed would be a second copy, and is not there yet where it is staged.
             options.add_session_config_entry("session.disable_prepacking", "1")
-        # cuDNN's attention, which ONNX Runtime prefers on an H100, builds a graph for each length of a run: 0.25 to 0.35 s,
-        # longer than reading the prompt takes, and nearly every prompt has a length of its own.
+        # cuDNN's attention, which ONNX Runtime prefers on an H100, builds a graph for each length of a run: 0.25 to
+        # 0.35 s, longer than reading the prompt takes, and nearly every prompt has a length of its own.
         os.environ.setdefault("ORT_ENABLE_CUDNN_FLASH_ATTENTION", "0")
         if self._raw_mxfp4:
             os.environ["ORT_FP4_SM80_GEMM"] = "0"  # only this path of the kernel reads what is not packed

@@ -142,6 +142,7 @@ class CudaDevice:
 
     def __init__(self) -> None:
         self._cupy = _cupy()
+        self._staging: Any = None
         try:
             self._stream = self._cupy.cuda.Stream(non_blocking=True)  # the first call that takes memory
         except self._cupy.cuda.runtime.CUDARuntimeError as error:

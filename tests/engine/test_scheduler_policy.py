@@ -261,6 +261,22 @@ def test_what_goes_wrong_where_an_answer_is_kept_is_no_other_request_s_fault(err
     assert (len(kept) == 41 and kept[-1] is None) if end is Cancelled else isinstance(kept[-1], GpuLost)
 
 
+def test_who_cannot_be_given_a_state_again_fails_alone(monkeypatch):
+    service = Service(slots=1, rows=4)
+    in_row, in_state = [], []
+    for number, ends in enumerate((in_row, in_state)):
+        service.scheduler.submit(Request([5 + number] * 20, Sampling(max_tokens=200)), ends.append)
+    service.run(lambda: len(in_state) > 3)
+
+    def fail(*_):
+        raise RuntimeError("no state today")
+
+    monkeypatch.setattr(service.prefixes, "take", fail)
+    service.run()
+    assert str(in_row[-1]) == "no state today"
+    assert len(in_state) == 201 and in_state[-1] is None
+
+
 def test_a_state_that_other_work_gives_back_is_taken_at_once():
     service = Service(slots=2, rows=1)
     held = service.prefixes.empty()

@@ -292,12 +292,15 @@ class Scheduler:
             if one.state is not None:
                 continue
             full = self._stepper.outgrown(one)
-            if full or (not self._waiting and len(one.job.decodings) == 1 and now - one.held_since > QUANTUM_S):
-                one.held_since = now
-                one.state = self._prefixes.take(one.ids)
-                self._stepper.sync(one)
-            if full:
-                self._swap_out(one, now)
+            try:
+                if full or (not self._waiting and len(one.job.decodings) == 1 and now - one.held_since > QUANTUM_S):
+                    one.held_since = now
+                    one.state = self._prefixes.take(one.ids)
+                    self._stepper.sync(one)
+                if full:
+                    self._swap_out(one, now)
+            except Exception as error:
+                self._fail(one, error)
 
     # Ends
 

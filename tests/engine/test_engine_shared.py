@@ -124,6 +124,14 @@ def test_only_the_user_can_reach_it_and_it_logs_no_prompt(open_tiny: Callable[..
     assert "PURPLE" not in here.log.read_text()
 
 
+def test_the_key_of_a_model_server_stays_with_who_has_it(
+    open_tiny: Callable[..., EngineModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LSP_AGENT_BACKEND_KEY", "sk-very-secret")
+    process = open_tiny().endpoint.about.process
+    assert process is not None and "sk-very-secret" not in process.environ().values()
+
+
 def test_code_in_the_current_folder_is_never_imported(
     open_tiny: Callable[..., EngineModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

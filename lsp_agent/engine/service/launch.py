@@ -41,6 +41,8 @@ def start(place: Place, cancel: CancelToken, options: Sequence[str] = ()) -> boo
 
     Raises `UserError` when it ends before that.
     """
+    from lsp_agent.engine.remote.backend import KEY_VARIABLE  # here, since the engine's process imports this module
+
     place.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     # -P and a folder of its own: the user's current folder holds other people's code, and its `queue.py` or
     # `numpy/` must not be imported instead of the real one.
@@ -49,7 +51,8 @@ def start(place: Place, cancel: CancelToken, options: Sequence[str] = ()) -> boo
         process = subprocess.Popen(
             command,
             cwd=place.folder,
-            env={**os.environ, **place.environment},
+            # It lives long, and has no use for the key of a model server.
+            env={name: value for name, value in os.environ.items() if name != KEY_VARIABLE} | {**place.environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -49,6 +49,18 @@ def error(response: httpx.Response) -> dict[str, Any]:
     return body["error"]
 
 
+def test_what_is_wrong_with_a_text_or_a_chat_to_tokenise_is_named_as_sent(http: httpx.Client) -> None:
+    for body, param in (
+        ({}, "prompt"),
+        ({"prompt": 1}, "prompt"),
+        ({"messages": [{"role": "nobody", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": "x"}], "prompt": "x"}, "prompt"),
+        ([], None),
+    ):
+        response = http.post("/tokenize", json=body)
+        assert response.status_code == 400 and error(response)["param"] == param
+
+
 @pytest.mark.parametrize(
     "content",
     [

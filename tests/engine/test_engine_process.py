@@ -34,6 +34,7 @@ from lsp_agent.engine.service import control, engine_thread, room
 from lsp_agent.engine.service import host as hosting
 from lsp_agent.engine.service.catalog import Catalog
 from lsp_agent.engine.service.host import EngineHost
+from lsp_agent.engine.service.process import _load_default
 from lsp_agent.engine.service.runtime import About, place, runtime_folder
 from lsp_agent.errors import EngineStopping, UserError
 from lsp_agent.models import store
@@ -498,6 +499,17 @@ def test_a_load_that_fails_by_our_fault_is_told(with_host: Any, monkeypatch: pyt
         assert "ELEPHANT" not in reply.text
 
     with_host(test)
+
+
+def test_a_default_model_that_cannot_be_loaded_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(EngineHost):
+        async def engine(self, name: str | None = None, on_progress: Any = None) -> Engine:
+            raise RuntimeError("no such kernel")
+
+    host = Failing(Catalog())
+    asyncio.run(_load_default(host))
+    host.stop()
+    assert "no such kernel" in caplog.text
 
 
 def test_nothing_new_is_taken_when_it_is_to_stop(with_host: Any, loads: Loads) -> None:

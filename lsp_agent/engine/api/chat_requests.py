@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag
+from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag, TypeAdapter
 
 from lsp_agent.chat_model import Message, ToolSchema
 from lsp_agent.engine.api.errors import ApiError
@@ -22,7 +22,6 @@ from lsp_agent.engine.api.requests import (
 from lsp_agent.engine.tool_calls import message_from_openai, tool_from_openai
 
 MAX_TOOLS = 128
-SCHEMA_DEPTH = 64
 
 
 def _parts(value: Any) -> Any:
@@ -204,3 +203,16 @@ class TokenizeChatRequest(Conversation):
 
     add_generation_prompt: Literal[True] = True
     return_token_strs: bool = False
+
+
+def _kind_to_tokenize(value: Any) -> str:
+    return "to_chat" if isinstance(value, dict) and "messages" in value else "to_text"
+
+
+TOKENIZE = TypeAdapter[TokenizeRequest | TokenizeChatRequest](
+    Annotated[
+        Annotated[TokenizeRequest, Tag("to_text")] | Annotated[TokenizeChatRequest, Tag("to_chat")],
+        Discriminator(_kind_to_tokenize),
+    ]
+)
+"""Reads a body of `/tokenize`."""

@@ -12,7 +12,7 @@ from lsp_agent.errors import Cancelled, UnknownModel, UserError
 
 RETRY_AFTER_S = 1
 
-_UNION = {"str", "int", "named", "allowed", "mode"}
+_UNION = {"str", "int", "named", "allowed", "mode", "to_text", "to_chat"}
 UNAVAILABLE = {GpuLost.code, "engine_stopping"}
 
 

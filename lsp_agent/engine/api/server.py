@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from pydantic import TypeAdapter
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -23,7 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lsp_agent.engine.api.admission import Admission
 from lsp_agent.engine.api.bodies import client_of, read_json
-from lsp_agent.engine.api.chat_requests import ChatRequest, TokenizeChatRequest, TokenizeRequest
+from lsp_agent.engine.api.chat_requests import TOKENIZE, ChatRequest, TokenizeChatRequest, TokenizeRequest
 from lsp_agent.engine.api.errors import ApiError
 from lsp_agent.engine.api.exchange import CHAT, TEXT, Exchange
 from lsp_agent.engine.api.metrics import CONTENT_TYPE, Metrics
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from lsp_agent.engine.service.host import EngineHost
 
 KEEP_ALIVE_S = 60
-_tokenize = TypeAdapter[TokenizeRequest | TokenizeChatRequest](TokenizeRequest | TokenizeChatRequest)
 
 
 class EngineServer:
@@ -104,7 +102,7 @@ class EngineServer:
         return await Exchange(self._serving, request, body, prepare_text, TEXT).response()
 
     async def _tokens(self, request: Request) -> Response:
-        body = await self._serving.parsed(_tokenize.validate_json, await read_json(request))
+        body = await self._serving.parsed(TOKENIZE.validate_json, await read_json(request))
         with self._serving.admission.enter(client_of(request, None)):
             engine, model = await self._serving.engine(body.model)
             answer = await self._serving.threaded(_tokenized, engine, body)

@@ -182,6 +182,8 @@ async def _load_default(host: EngineHost) -> None:
         await host.engine()
     except UserError as error:
         log.error("%s", error)
+    except Exception:
+        log.exception("the default model cannot be loaded")
 
 
 class _Serving:

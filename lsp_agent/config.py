@@ -196,6 +196,11 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path.name} cannot be read: {error}.", ExitCode.USAGE) from error
+    for name in values:
+        if name not in Settings.model_fields:  # `Sandbox` neither, which pydantic-settings would take for `sandbox`
+            raise UserError(
+                f"The setting {name!r} in {path.name} is not usable: there is no such setting.", ExitCode.USAGE
+            )
     for name in NOT_FROM_WORKSPACE & values.keys():
         raise UserError(
             f"{path.name} may not set {name!r}, because it comes with the code it would guard against; "

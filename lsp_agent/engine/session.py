@@ -126,9 +126,9 @@ class Decoder:
         """Whether a part of the state cannot go back by any number of tokens."""
         return not all(spec.growing for spec in self.states)
 
-    def new_state(self, capacity: int, batch: int = 1) -> State:
+    def new_state(self, capacity: int) -> State:
         """An empty state in the device's memory."""
-        return State(self.states, capacity, batch, self.device)
+        return State(self.states, capacity, self.device)
 
     def run(
         self, ids: np.ndarray, state: State | Batch[Any], rows: Sequence[int], cancel: CancelToken | None = None
@@ -214,7 +214,7 @@ class Decoder:
         return steps if steps is not None and steps.most_verified > 1 else None
 
     def verify(self, ids: Sequence[int], state: State, cancel: CancelToken | None = None) -> Verified:
-        """Read at most `most_verified` `ids` after a state of one sequence, of which the caller accepts the first few.
+        """Read at most `most_verified` `ids` after a state, of which the caller accepts the first few.
 
         See `Verified`: whatever number is accepted, nothing is read again. Raises `Cancelled` as `run` does.
         """
@@ -257,7 +257,7 @@ class Decoder:
         return self._gpu.expert_hits() if self._gpu is not None else (0, 0)
 
     def rollback(self, state: State, count: int) -> None:
-        """Forget the last `count` tokens of a state of one sequence.
+        """Forget the last `count` tokens of a state.
 
         A recurrent state goes back to before its last runs bit for bit, and else to the nearest length that it
         remembers, from where it reads the tokens again (in one run, which rounds differently from many).

@@ -28,7 +28,7 @@ class StateSpec:
     """One state of the graph, its input `past` and its output `present`.
 
     `growing`: keys or values, [batch, heads, capacity, head size] of the `shape` (heads, head size). Otherwise the
-    array is [batch, *shape]. `dtype` is numpy's name of the elements' type.
+    array is [batch, *shape]; a `State` is a batch of one. `dtype` is numpy's name of the elements' type.
     """
 
     past: str
@@ -59,25 +59,22 @@ class Snapshot:
 
 
 class State:
-    """The state of `batch` sequences, each `length` tokens long, up to `capacity` tokens.
+    """The state of a sequence of `length` tokens, `ids`, up to `capacity` tokens.
 
-    `ids` are the tokens that the state has read (for a batch: those that all sequences share). Buffers are zero pages
-    until written, so capacity costs address space, not memory. `memory`: where checkpoints are counted. `arrays`: keys
-    and values [batch, heads, capacity, head size] and recurrent states [batch, ...] to use instead of new ones.
+    Buffers are zero pages until written, so capacity costs address space, not memory. `memory`: where checkpoints are
+    counted. `arrays`: keys and values [1, heads, capacity, head size] and recurrent states [1, ...] to use instead of
+    new ones.
     """
 
     def __init__(
         self,
         specs: Iterable[StateSpec],
         capacity: int,
-        batch: int = 1,
         device: Device | None = None,
         memory: HostMemory | None = None,
         arrays: Mapping[str, Array] | None = None,
     ) -> None:
         self.capacity = capacity
-        self.transient = batch > 1
-        """Made for one request, which never goes back: its rings have no history."""
         self.length = 0
         self.ids: list[int] = []
         self.stops: tuple[int, ...] = ()
@@ -85,11 +82,10 @@ class State:
         self._device: Device = device or CpuDevice()
         self._specs = tuple(specs)
         self._replaced = [spec for spec in self._specs if not spec.growing]
-        self._batch = batch
         self._growing: dict[str, Array] = {}
         self._rings: dict[str, Array] = {}
         for spec in self._specs:
-            shape = (batch, spec.shape[0], capacity, spec.shape[1]) if spec.growing else (batch, *spec.shape)
+            shape = (1, spec.shape[0], capacity, spec.shape[1]) if spec.growing else (1, *spec.shape)
             array = self._device.zeros(shape, spec.dtype) if arrays is None else arrays[spec.past]
             if spec.growing:
                 self._growing[spec.past] = array
@@ -104,7 +100,7 @@ class State:
         if self._rings and len(next(iter(self._rings.values()))) != size:
             kept = self.recurrent
             for spec in self._replaced:
-                ring = self._device.zeros((size, self._batch, *spec.shape), spec.dtype)
+                ring = self._device.zeros((size, 1, *spec.shape), spec.dtype)
                 self._device.assign(ring[0], kept[spec.past])
                 self._rings[spec.past] = ring
             self._turn = 0
@@ -125,17 +121,17 @@ class State:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens that each sequence has read."""
-        return [self.length] * self._batch
+        """Tokens that the one sequence has read; see `Sequences`."""
+        return [self.length]
 
     @property
     def buffers(self) -> dict[str, Array]:
-        """By `past` name: keys and values [batch, heads, capacity, head size], rings [ring size, batch, ...]."""
+        """By `past` name: keys and values [1, heads, capacity, head size], rings [ring size, 1, ...]."""
         return self._growing | self._rings
 
     @property
     def recurrent(self) -> dict[str, Array]:
-        """The present recurrent states [batch, ...] by `past` name."""
+        """The present recurrent states [1, ...] by `past` name."""
         return self._slot(self._turn)
 
     def _slot(self, place: int) -> dict[str, Array]:
@@ -158,7 +154,7 @@ class State:
         whether they are taken over or not."""
         if self._replaced and self.ring_size <= count:
             # A run reads one buffer and writes the next: the CPU kernels are wrong in place, and it may be cancelled.
-            self._resize_rings(1 + max(count, 1 if self.transient else self._device.history))
+            self._resize_rings(1 + max(count, self._device.history))
         written = [(self._turn + ahead) % self.ring_size for ahead in range(1, count + 1)] if self._replaced else []
         self._history = [(length, place) for length, place in self._history if place not in written]
 
@@ -189,8 +185,8 @@ class State:
             self._resize_rings(1)
 
     def extend(self, ids: Sequence[int]) -> None:
-        """Count tokens that a run has just read (of a state of one sequence), and remember the state where it is due:
-        at `stops` and every few thousand tokens."""
+        """Count tokens that a run has just read, and remember the state where it is due: at `stops` and every few
+        thousand tokens."""
         self.ids.extend(ids)
         self.length += len(ids)
         self._checkpoint_if_due()
@@ -238,7 +234,7 @@ class State:
         if not self._replaced or not length:
             return {}
         if length == self.length:
-            return {name: array[:1] for name, array in self.recurrent.items()}
+            return self.recurrent
         if (place := dict(self._history).get(length)) is not None:
             return self._slot(place)
         arrays = self.checkpoints.at(length)
@@ -261,18 +257,18 @@ class State:
             self.resume(self.ids[:length], self.at(length))
 
     def copy_prefix(self, source: State, length: int) -> None:
-        """Take over the first `length` tokens of `source`, `reachable` there, into every sequence of this state."""
+        """Take over the first `length` tokens of `source`, `reachable` there."""
         self.copy_keys_values(source, 0, length)
         self.resume(source.ids[:length], source.at(length))
         self.checkpoints.share(source.checkpoints, length)
 
     def copy_keys_values(self, source: State, start: int, stop: int) -> None:
-        """Those of some tokens, into every sequence of this state; see `resume`."""
+        """Those of some tokens of another state; see `resume`."""
         for name, array in self._growing.items():
-            self._device.assign(array[:, :, start:stop], source._growing[name][:1, :, start:stop])
+            self._device.assign(array[:, :, start:stop], source._growing[name][:, :, start:stop])
 
     def write(self, start: int, growing: Mapping[str, Array]) -> None:
-        """Keys and values [heads, tokens, head size] of tokens from `start` on, into every sequence; see `resume`."""
+        """Keys and values [heads, tokens, head size] of tokens from `start` on; see `resume`."""
         for name, values in growing.items():
             self._device.assign(self._growing[name][:, :, start : start + values.shape[-2]], values)
 
@@ -290,24 +286,8 @@ class State:
         self.checkpoints.forget_after(shared_prefix(self.ids, ids))
         self.ids, self.length = list(ids), len(ids)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Shrink the batch to `rows` (ascending); the others are forgotten."""
-        for name, array in self._growing.items():
-            for target, row in enumerate(rows):
-                if target != row:
-                    self._device.assign(array[target, :, : self.length], array[row, :, : self.length])
-            self._growing[name] = array[: len(rows)]
-        for name, array in self.recurrent.items():
-            for target, row in enumerate(rows):
-                if target != row:
-                    self._device.assign(array[target], array[row])
-            self._rings[name] = array[None, : len(rows)]
-        self._batch, self._turn = len(rows), 0
-        self.checkpoints.forget_after(0)
-        self._resize_rings(1)
-
     def snapshot(self) -> Snapshot:
-        """A copy of the whole state (of one sequence), independent of what happens to it later."""
+        """A copy of the whole state, independent of what happens to it later."""
         growing = {name: self._device.host(array[:, :, : self.length]) for name, array in self._growing.items()}
         recurrent = {name: self._device.host(array) for name, array in self.recurrent.items()}
         return Snapshot(tuple(self.ids), growing, recurrent)

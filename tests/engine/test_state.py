@@ -238,23 +238,6 @@ def test_what_another_state_has_read_can_be_taken_over(hf_engine):
         assert_same_state(state, read(engine, [*pieces, [3], [4]])[1])
 
 
-def test_a_shrunken_batch_continues_as_single_sequences_do(hf_engine):
-    engine = hf_engine(HYBRID)
-    decoder = engine._decoder
-    _, prompt = read(engine, [PROMPT])
-    batch = State(decoder.states, 64, batch=3)
-    batch.copy_prefix(prompt, len(PROMPT))
-    decoder.run(np.array([[1], [2], [3]]), batch, range(3))
-    batch.length += 1
-    batch.keep([0, 2])
-    logits = decoder.run(np.array([[4], [5]]), batch, range(2))
-    for row, tokens in enumerate(([1, 4], [3, 5])):
-        single = State(decoder.states, 64)
-        single.copy_prefix(prompt, len(PROMPT))
-        expected, _ = read(engine, [[token] for token in tokens], single)
-        np.testing.assert_allclose(logits[row], expected[-1], atol=1e-5)
-
-
 def test_a_conversation_goes_on_from_its_own_answer(hf_package):
     engine = Engine.load(hf_package(HYBRID), threads=1, accuracy="exact")
     ids = PROMPT.tolist()

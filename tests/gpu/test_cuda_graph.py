@@ -8,6 +8,7 @@ import pytest
 from poisoned_experts import poison
 
 from lsp_agent.engine.gpu.placement import Placement
+from lsp_agent.engine.scheduling.batch import Batch
 from lsp_agent.engine.session import Decoder
 
 pytestmark = pytest.mark.gpu
@@ -139,12 +140,17 @@ def test_a_batch_decodes_as_single_sequences_do(decoders, batch):
     gpu, _ = decoders("qwen3-next", "int4")
     prompt = gpu.new_state(128)
     read(gpu, PROMPT, prompt)
-    together = gpu.new_state(64, batch)
-    together.copy_prefix(prompt, len(PROMPT))
+    together = Batch(gpu.states, 64, batch, gpu.device)
+    for owner in range(batch):
+        together.join(owner, prompt)
+    rows = together.prepare(together.rows)
     gpu.step(range(batch), together)
-    together.length += 1
+    for row in rows:
+        row.length += 1
     kept = [0, batch - 1]
-    together.keep(kept)
+    for owner in range(1, batch - 1):
+        together.leave(together.find(owner))
+    assert [row.owner for row in together.prepare(together.rows)] == kept
     found = [row.all() for row in gpu.step([4, 5], together)]
     for row, first, second in zip(found, kept, (4, 5), strict=True):
         single = gpu.new_state(64)

@@ -24,6 +24,7 @@ from reference import make_reference, reference_logits, sensitivity
 from lsp_agent.engine.architectures import ARCHITECTURES
 from lsp_agent.engine.checkpoints.importing import import_checkpoint
 from lsp_agent.engine.package import Package
+from lsp_agent.engine.scheduling.batch import Batch
 from lsp_agent.engine.session import Decoder
 
 pytestmark = [pytest.mark.parity, pytest.mark.timeout(7200)]
@@ -112,16 +113,16 @@ def test_batches(model_type, data):
         ids = [np.concatenate([shared, random.randint(0, 288, steps)]) for _ in range(batch)]
         expected = [pair.expect(sequence)[prefix:] for sequence in ids]
         decoder = pair.decoder()
-        before, state = decoder.new_state(64), decoder.new_state(64, batch)
+        before, together = decoder.new_state(64), Batch(decoder.states, 64, batch, decoder.device)
         read(decoder, [shared], before)
-        state.copy_prefix(before, prefix)
-        rows = list(range(batch))
+        for owner in range(batch):
+            together.join(owner, before)
         for step in range(steps):
             if step == leaves:
-                del rows[leaving]
-                state.keep([row for row in range(batch) if row != leaving])
-            tokens = np.array([[ids[row][prefix + step]] for row in rows])
-            logits = decoder.run(tokens, state, range(len(rows)))
-            state.length += 1
+                together.leave(together.find(leaving))
+            rows = together.prepare(together.rows)
+            tokens = np.array([[ids[row.owner][prefix + step]] for row in rows])
+            logits = decoder.run(tokens, together, range(len(rows)))
             for row, found in zip(rows, logits, strict=True):
-                pair.check(found, expected[row][step], f"row {row}, step {step}")
+                row.length += 1
+                pair.check(found, expected[row.owner][step], f"row {row.owner}, step {step}")

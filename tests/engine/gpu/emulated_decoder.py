@@ -62,9 +62,9 @@ class EmulatedDecoder:
         layers = {f"blk.{block}": self.memory.store(logits[:, block]) for block in range(logits.shape[1])}
         self.steps = self._runner(DeviceTrace(len(logits), layers))
 
-    def new_state(self, batch: int = 1) -> State:
+    def new_state(self) -> State:
         """An empty state."""
-        return State(self.states, self._context, batch, self.device)
+        return State(self.states, self._context, self.device)
 
     def read(self, tokens: Sequence[int], state: State) -> np.ndarray:
         """Logits [tokens, vocabulary] of tokens that are read one by one."""

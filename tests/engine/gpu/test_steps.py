@@ -15,6 +15,7 @@ from lsp_agent.engine.gpu.routing_trace import router_logits
 from lsp_agent.engine.gpu.step_builder import CANDIDATES, NoKernel
 from lsp_agent.engine.gpu.steps import StepRunner
 from lsp_agent.engine.package import Package
+from lsp_agent.engine.scheduling.batch import Batch
 
 TOKENS = np.random.RandomState(3).randint(0, 256, 16).tolist()
 LONG = 512
@@ -78,9 +79,10 @@ def test_a_snapshot_is_restored_anywhere(decoder):
 
 def test_a_batch_decodes_as_single_sequences_do(decoder):
     """Also what is left of it; only how sums are split differs."""
-    prompt, together = decoder.new_state(), decoder.new_state(3)
+    prompt, together = decoder.new_state(), Batch(decoder.states, 64, 3, decoder.device)
     decoder.read(TOKENS[:6], prompt)
-    together.copy_prefix(prompt, 6)
+    for owner in range(3):
+        together.join(owner, prompt)
     sequences = np.array([[10, 11, 12, 13], [50, 40, 30, 20], [7, 200, 7, 200]])
     singles = []
     for tokens in sequences:
@@ -89,14 +91,18 @@ def test_a_batch_decodes_as_single_sequences_do(decoder):
         singles.append(decoder.read(tokens.tolist(), single))
     assert np.abs(singles[0] - singles[1]).max() > 1
     for step in range(2):
+        taken = together.prepare(together.rows)
         found = decoder.steps.run(sequences[:, step].tolist(), together)
-        together.length += 1
+        for row in taken:
+            row.length += 1
         for row, single in zip(found, singles, strict=True):
             assert_close(row.all()[None], single[step][None], 1e-3)
-    together.keep([2])
+    for owner in range(2):
+        together.leave(together.find(owner))
     for step in range(2, 4):
+        (left,) = together.prepare(together.rows)
         (row,) = decoder.steps.run([int(sequences[2, step])], together)
-        together.length += 1
+        left.length += 1
         assert_close(row.all()[None], singles[2][step][None], 1e-3)
 
 

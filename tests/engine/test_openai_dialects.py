@@ -187,6 +187,8 @@ def test_scores_are_read_and_placed_in_the_text(start: Start) -> None:
     "answer",
     [
         lambda path, body: error("Only no echo is supported", status=500),
+        lambda path, body: JSONResponse({"choices": [{"logprobs": {"tokens": [None], "token_logprobs": [-1]}}]}),
+        lambda path, body: JSONResponse({"choices": [{"logprobs": {"tokens": ["a"], "token_logprobs": ["?"]}}]}),
         lambda path, body: completed("and so on"),
         lambda path, body: JSONResponse(
             {"choices": [{"text": "on", "logprobs": {"tokens": [" on"], "token_logprobs": [-1.0]}}]}

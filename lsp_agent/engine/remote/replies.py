@@ -120,7 +120,9 @@ def scores(answer: Any, text: str) -> list[TokenScore] | None:
         scored = answer["choices"][0]["logprobs"]
         tokens: list[str] = scored["tokens"]
         values: list[float | None] = scored["token_logprobs"]
-        if len(tokens) != len(values):
+        if len(tokens) != len(values) or not all(isinstance(token, str) for token in tokens):
+            return None
+        if not all(isinstance(value, int | float | None) for value in values):
             return None
     except (LookupError, TypeError):
         return None

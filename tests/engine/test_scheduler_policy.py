@@ -237,6 +237,14 @@ def test_a_lost_gpu_ends_all_requests_and_refuses_more():
         service.ask("late", 5, 5)
 
 
+def test_who_asks_while_the_gpu_is_lost_is_told():
+    service, ends = Service(), []
+    lost = GpuLost("The GPU stopped working in mid-run.")
+    service.scheduler._submitted = SimpleNamespace(append=lambda job: setattr(service.scheduler, "broken", lost))
+    service.scheduler.submit(Request([5] * 20, Sampling(max_tokens=9)), ends.append)
+    assert ends == [lost]
+
+
 @pytest.mark.parametrize(
     ("error", "end"), [(MemoryError(), Cancelled), (RuntimeError("CUDA failure 700: an illegal address"), GpuLost)]
 )

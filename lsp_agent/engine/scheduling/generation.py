@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[Step | Exception | None], None]
-"""Called on the engine's thread with each step, then once with None or with the error that ended the request."""
+"""Called on the engine's thread with each step, then once with None or with the error that ended the request. The end
+comes from `submit` itself where there is nothing to generate, or no engine any more."""
 
 
 class Job:

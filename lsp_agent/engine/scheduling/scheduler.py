@@ -84,6 +84,8 @@ class Scheduler:
         job = Job(request, self._tokenizer, limit, self._clock(), on_step)
         if limit > 0:
             self._submitted.append(job)
+            if self.broken is not None:  # since it was looked at, so that nobody may come for the job
+                job.end(self.broken)
         else:
             job.end()
         self.wake()

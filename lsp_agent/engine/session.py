@@ -18,6 +18,7 @@ from lsp_agent.engine.drafting.replay import Replay
 from lsp_agent.engine.drafting.verification import Verified
 from lsp_agent.engine.embedding import Embedding
 from lsp_agent.engine.gpu.errors import out_of_memory
+from lsp_agent.engine.gpu.placement import PARALLEL
 from lsp_agent.engine.graph import Accuracy
 from lsp_agent.engine.package import Package
 from lsp_agent.engine.prepacked import Progress, page_experts_in, read_in_huge_pages
@@ -196,9 +197,9 @@ class Decoder:
         return [HostLogits(row) for row in logits]
 
     def prepare(self) -> None:
-        """Make now what runs would make in the middle of an answer. See `StepRunner.prepare_verification`."""
+        """Make now what runs would make in the middle of an answer. See `StepRunner.prepare_all`."""
         if self._gpu is not None and self._gpu.steps is not None:
-            self._gpu.steps.prepare_verification()
+            self._gpu.steps.prepare_all(PARALLEL)
 
     @property
     def most_verified(self) -> int:

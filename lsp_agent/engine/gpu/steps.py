@@ -138,11 +138,14 @@ class StepRunner:
         if (batch, rows) not in self._buffers:
             self._buffers[batch, rows] = self._new_buffers(batch, rows)
 
-    def prepare_verification(self) -> None:
-        """Make what `verify` needs, as far as there are kernels for it: a machine's first time takes seconds for each
-        number of tokens, for which nobody is to wait in the middle of an answer."""
+    def prepare_all(self, together: int) -> None:
+        """Make what `verify` and steps of up to `together` sequences need, as far as there are kernels for it: a
+        machine's first time takes seconds for each number of tokens, for which nobody is to wait in the middle of an
+        answer."""
         for rows in VERIFIED:
             self.covers(1, rows)
+        for batch in range(2, together + 1):
+            self.covers(batch)
 
     @property
     def most_verified(self) -> int:

@@ -136,19 +136,19 @@ def test_a_model_of_attention_alone_verifies_up_to_its_capacity(gpu_package, ker
     np.testing.assert_array_equal(decoder.read([3], state).shape, (1, 288))
 
 
-def test_as_many_as_there_are_kernels_for_are_verified():
+def test_as_many_as_there_are_kernels_for_are_verified_and_all_are_made_at_first():
     asked = []
 
-    def make(_, rows):
-        asked.append(rows)
+    def make(batch, rows):
+        asked.append((batch, rows))
         if rows > 4:
             raise NoKernel("too many")
         return object()
 
     steps = StepRunner(CpuDevice(), 100, 8, make)
-    steps.prepare_verification()
-    assert asked == [1, 2, 4, 8]
-    assert steps.most_verified == 4 and len(asked) == 4
+    steps.prepare_all(3)
+    assert asked == [(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (3, 1)]
+    assert steps.most_verified == 4 and steps.covers(3) and len(asked) == 6
 
 
 def test_more_than_were_read_cannot_be_accepted(decoder):

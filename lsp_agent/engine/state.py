@@ -280,10 +280,16 @@ class State:
     def resume(self, ids: Sequence[int], recurrent: Mapping[str, Array]) -> None:
         """Be one that has read `ids`, whose keys and values are in place, with these recurrent states [1, ...] after
         them (of no tokens: zeros)."""
+        shared = shared_prefix(self.ids, ids)
         self._history.clear()
-        for name, array in self.recurrent.items():
-            self._device.assign(array, recurrent[name] if ids else 0)
-        self.checkpoints.forget_after(shared_prefix(self.ids, ids))
+        self.ids, self.length = [], 0  # what an error leaves: recurrent states of several lengths are those of none
+        try:
+            for name, array in self.recurrent.items():
+                self._device.assign(array, recurrent[name] if ids else 0)
+        except Exception:
+            self.checkpoints.forget_after(0)
+            raise
+        self.checkpoints.forget_after(shared)
         self.ids, self.length = list(ids), len(ids)
 
     def snapshot(self) -> Snapshot:

@@ -225,6 +225,23 @@ def test_a_device_without_room_in_main_memory_keeps_the_latest_checkpoints():
     assert copies.lengths == [200, 300, 400]
 
 
+def test_what_could_not_be_taken_over_as_a_whole_has_read_nothing(hf_engine, monkeypatch):
+    _, state = read(hf_engine(HYBRID), [PROMPT[:20]])
+    state.checkpoint()
+    other = {name: array.copy() for name, array in state.recurrent.items()}
+    assigned = []
+
+    def fail(target, values):
+        assigned.append(target)
+        if len(assigned) == 2:
+            raise MemoryError
+
+    monkeypatch.setattr(state._device, "assign", fail)
+    with pytest.raises(MemoryError):
+        state.resume(PROMPT[:20].tolist() + [5], other)
+    assert (state.ids, state.length, state.checkpoints.lengths) == ([], 0, [])
+
+
 def test_what_another_state_has_read_can_be_taken_over(hf_engine):
     for name in (HYBRID, ATTENTION):
         engine = hf_engine(name)

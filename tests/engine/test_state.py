@@ -238,7 +238,7 @@ def test_what_could_not_be_taken_over_as_a_whole_has_read_nothing(hf_engine, mon
 
     monkeypatch.setattr(state._device, "assign", fail)
     with pytest.raises(MemoryError):
-        state.resume(PROMPT[:20].tolist() + [5], other)
+        state.resume([*PROMPT[:20].tolist(), 5], other)
     assert (state.ids, state.length, state.checkpoints.lengths) == ([], 0, [])
 
 
